@@ -1,0 +1,1 @@
+"""Messages <-> token ids. In: Message. Out: Pieces, then ids and labels. Never: torch, families, data."""

@@ -1,0 +1,1 @@
+"""Records -> Conversation -> Example -> Plan -> Batch. Never: torch, families, model."""

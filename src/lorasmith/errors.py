@@ -1,0 +1,72 @@
+"""What can go wrong, as a tree. Every error says what happened, where, why, and what to do.
+
+    LorasmithError                 exit code
+    ├── ConfigError      (ValueError)    2   a key, a flag or a combination of them is wrong
+    │   └── FamilyError                  2   no family fits the model directory, or two do
+    ├── DataError        (ValueError)    3   rows that cannot be trained on, named file:line
+    ├── SetupError                       4   model files, hub, tokenizer, output directory, versions
+    │   ├── TokenizerError               4   the tokenizer does not give the ids it must give
+    │   └── CheckpointError              4   nothing to resume from, or it belongs to another run
+    ├── MemoryLimitError (MemoryError)   5   one conversation does not fit into memory
+    ├── DivergedError    (ArithmeticError) 6 the loss or its gradient is not finite
+    └── StorageError     (OSError)       7   the disk refused
+"""
+
+from __future__ import annotations
+
+
+class LorasmithError(Exception):
+    """Base of all errors that a user can meet; the command line prints it without a traceback."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str = "", why: str = "", fix: str = "") -> None:
+        super().__init__(what)
+        self.what, self.where, self.why, self.fix = what, where, why, fix
+
+    def __str__(self) -> str:
+        rows = [("where", self.where), ("why", self.why), ("do", self.fix)]
+        return "\n".join([self.what, *(f"  {label + ':':<6} {text}" for label, text in rows if text)])
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self.what, self.where, self.why, self.fix)
+
+
+def _rebuild(cls: type[LorasmithError], what: str, where: str, why: str, fix: str) -> LorasmithError:
+    return cls(what, where=where, why=why, fix=fix)
+
+
+class ConfigError(LorasmithError, ValueError):
+    exit_code = 2
+
+
+class FamilyError(ConfigError):
+    pass
+
+
+class DataError(LorasmithError, ValueError):
+    exit_code = 3
+
+
+class SetupError(LorasmithError):
+    exit_code = 4
+
+
+class TokenizerError(SetupError):
+    pass
+
+
+class CheckpointError(SetupError):
+    pass
+
+
+class MemoryLimitError(LorasmithError, MemoryError):
+    exit_code = 5
+
+
+class DivergedError(LorasmithError, ArithmeticError):
+    exit_code = 6
+
+
+class StorageError(LorasmithError, OSError):
+    exit_code = 7

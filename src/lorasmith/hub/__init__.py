@@ -1,0 +1,1 @@
+"""Names -> directories; the only room that opens the network. Never: torch, families."""

@@ -1,0 +1,1 @@
+"""Messages -> text. Never: training, data."""

@@ -1,0 +1,1 @@
+"""A directory -> Model (+ adapter). Never: data, train."""

@@ -1,0 +1,1 @@
+"""Tensors -> tensors. Never: a config, a family, a model class."""

@@ -1,0 +1,1 @@
+"""Batches -> an adapter on disk. Never: records, chat formats, inference."""
