@@ -1,0 +1,181 @@
+"""LoRA on a module, by peft: attach a new adapter, load one, and turn one into files."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save
+from torch import nn
+from transformers import PreTrainedModel
+
+from lorasmith.config import LoraConfig
+from lorasmith.errors import ConfigError, SetupError
+from lorasmith.hub.files import read_json
+from lorasmith.model.dropout import DropoutClock, use_stateless_dropout
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+_TIED_TO_BASE = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga")
+"""Initialisations that rewrite the base weights, so that the adapter alone would not be the result."""
+
+
+def attach_lora(
+    module: PreTrainedModel,
+    config: LoraConfig,
+    *,
+    family_targets: Sequence[str] | None,
+    base_name: str,
+    clock: DropoutClock,
+) -> peft.PeftModel:
+    """A PeftModel over `module` (which peft changes in place) with one trainable adapter, "default".
+
+    The adapter's weights are fp32 whatever the base is, and its first values depend on `clock.seed` alone.
+    Raises: ConfigError for targets that match nothing.
+    """
+    if config.init_from is not None:
+        model = load_adapter(module, Path(config.init_from), trainable=True)
+        _take_dropout(model, config)
+    else:
+        peft_config = peft_lora_config(module, config, family_targets=family_targets, base_name=base_name)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(clock.seed)
+            model = peft.get_peft_model(module, peft_config)
+    use_stateless_dropout(model, clock)
+    return model
+
+
+def peft_lora_config(
+    module: nn.Module, config: LoraConfig, *, family_targets: Sequence[str] | None, base_name: str
+) -> peft.LoraConfig:
+    """Our section as peft's, with explicit targets that are known to match. See `attach_lora`."""
+    init = config.init_lora_weights
+    if isinstance(init, str) and init.startswith(_TIED_TO_BASE):
+        raise ConfigError(
+            f"lora.init_lora_weights {init!r} is not supported",
+            why="it rewrites the base weights, so that the adapter would be wrong on the original model",
+            fix="use true, gaussian or orthogonal",
+        )
+    peft_config = peft.LoraConfig(
+        r=config.r,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # peft multiplies; it takes a float
+        lora_dropout=config.lora_dropout,
+        target_modules=_explicit_targets(module, config, family_targets),
+        modules_to_save=config.modules_to_save,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        init_lora_weights=init,
+        base_model_name_or_path=base_name,
+        task_type="CAUSAL_LM",
+    )
+    _require_matches(module, peft_config)
+    return peft_config
+
+
+def load_adapter(module: PreTrainedModel, directory: Path, *, trainable: bool = False) -> peft.PeftModel:
+    """The adapter of a PEFT directory over `module`.
+
+    Raises: SetupError if files are missing or the adapter's tensors do not fit this base.
+    """
+    read_json(directory / ADAPTER_CONFIG)
+    try:
+        model = peft.PeftModel.from_pretrained(module, str(directory), is_trainable=trainable)
+    except (ValueError, RuntimeError, KeyError, OSError, TypeError) as error:
+        raise SetupError(
+            "the adapter does not fit this base model",
+            where=str(directory),
+            why=str(error).strip().splitlines()[0],
+            fix="check that it was trained on this model (base_model_name_or_path in adapter_config.json)",
+        ) from error
+    return model if trainable else model.eval()
+
+
+def adapter_tensors(model: peft.PeftModel) -> dict[str, torch.Tensor]:
+    """The adapter's tensors under PEFT's file names."""
+    return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
+
+
+def adapter_files(model: peft.PeftModel) -> dict[str, bytes]:
+    """adapter_config.json and adapter_model.safetensors: the same adapter always gives the same bytes."""
+    tensors = {name: t.detach().cpu().contiguous() for name, t in sorted(adapter_tensors(model).items())}
+    tree = {key: _plain(value) for key, value in model.peft_config["default"].to_dict().items()}
+    tree["inference_mode"] = True
+    text = json.dumps(dict(sorted(tree.items())), indent=2, ensure_ascii=False) + "\n"
+    return {ADAPTER_CONFIG: text.encode(), ADAPTER_WEIGHTS: save(tensors, metadata={"format": "pt"})}
+
+
+def restore_adapter(model: peft.PeftModel, directory: Path) -> None:
+    """Put the tensors of a checkpoint back into an attached adapter."""
+    result = set_peft_model_state_dict(model, load_file(directory / ADAPTER_WEIGHTS))
+    assert not result.unexpected_keys, result.unexpected_keys
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _explicit_targets(
+    module: nn.Module, config: LoraConfig, family_targets: Sequence[str] | None
+) -> str | list[str]:
+    targets = config.target_modules
+    if targets == "auto" and family_targets is not None:
+        return sorted(family_targets)
+    if targets in ("auto", "all-linear"):
+        return linear_names(module)
+    return targets
+
+
+def linear_names(module: nn.Module) -> list[str]:
+    """Last names of the linear layers, without the head."""
+    head = module.get_output_embeddings() if isinstance(module, PreTrainedModel) else None
+    names = {name.rpartition(".")[2] for name, m in module.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    return sorted(names)
+
+
+def _require_matches(module: nn.Module, config: peft.LoraConfig) -> None:
+    """Each wanted name, and a regex as a whole, must match a module; each saved module must exist."""
+    names = [name for name, m in module.named_modules() if name]
+    targets = config.target_modules
+    wanted = [targets] if isinstance(targets, str) else sorted(targets or ())
+    probes = [(t, peft.LoraConfig(target_modules=t if isinstance(targets, str) else [t])) for t in wanted]
+    missing = [t for t, probe in probes if not any(check_target_module_exists(probe, name) for name in names)]
+    missing += [m for m in config.modules_to_save or () if not any(n == m or n.endswith("." + m) for n in names)]
+    if missing:
+        known = linear_names(module)
+        near = [match for name in missing for match in difflib.get_close_matches(name, known, n=1)]
+        hint = f"did you mean {', '.join(near)}? " if near else ""
+        raise ConfigError(
+            f"no module of this model is called {', '.join(missing)}",
+            where="lora.target_modules",
+            fix=f"{hint}its linear layers are {', '.join(known)}",
+        )
+
+
+def _take_dropout(model: peft.PeftModel, config: LoraConfig) -> None:
+    """With init_from the adapter's own settings hold, except a dropout that the user states."""
+    own = model.peft_config["default"]
+    for field in ("r", "lora_alpha", "use_rslora", "use_dora"):
+        stated = getattr(config, field)
+        if field in config.model_fields_set and stated != getattr(own, field):
+            raise ConfigError(
+                f"lora.{field} is {stated} but the adapter has {getattr(own, field)}",
+                where=str(config.init_from),
+                fix=f"leave lora.{field} out: with lora.init_from the adapter's own value holds",
+            )
+    if "lora_dropout" in config.model_fields_set:
+        own.lora_dropout = config.lora_dropout
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, set | frozenset | tuple):
+        return sorted(value)
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return value.value if hasattr(value, "value") else value

@@ -1,0 +1,45 @@
+"""LoRA's dropout with masks that are a function of (seed, step, module): the same after a resume and under
+activation checkpointing, whatever way a step is cut into micro-batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import peft
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from lorasmith.ops.dropout import dropout, dropout_key
+
+
+@dataclass
+class DropoutClock:
+    """Where training stands; the train step sets it and every dropout module of the run reads it."""
+
+    seed: int
+    step: int = 0
+    offset: int = 0
+    """Tokens of this step that lie in earlier micro-batches."""
+
+
+class StatelessDropout(nn.Module):
+    def __init__(self, p: float, name: str, clock: DropoutClock) -> None:
+        super().__init__()
+        self.p, self.name, self.clock = p, name, clock
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        key = dropout_key(self.clock.seed, self.clock.step, self.name)
+        return dropout(x, self.p, key, self.clock.offset)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+def use_stateless_dropout(model: peft.PeftModel, clock: DropoutClock) -> None:
+    """Replace the dropout of every LoRA layer of adapter "default"."""
+    p = model.peft_config["default"].lora_dropout
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and "default" in module.lora_dropout:
+            module.lora_dropout["default"] = StatelessDropout(p, name, clock) if p > 0 else nn.Identity()

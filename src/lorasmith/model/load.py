@@ -1,0 +1,113 @@
+"""A model directory -> a transformers module, natively: config.json is data, remote code is never run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from lorasmith.errors import FamilyError, SetupError
+from lorasmith.hub.files import read_json
+
+_CODE_KEYS = ("auto_map", "custom_pipelines", "_attn_implementation", "_attn_implementation_internal")
+"""Keys of config.json that name code to run; they are dropped, never followed (CVE-2026-4372)."""
+
+_STRAY_BUFFERS = ("rotary_emb.inv_freq",)
+"""Buffers that old checkpoints stored beside the weights."""
+
+
+def read_model_config(directory: Path) -> PretrainedConfig:
+    """config.json as transformers' own config class.
+
+    Raises: SetupError without a readable config.json; FamilyError for a model_type that transformers does
+    not know or that is no causal language model.
+    """
+    tree = read_json(directory / "config.json")
+    if "quantization_config" in tree:
+        raise SetupError(
+            "this base model is quantised",
+            where=str(directory / "config.json"),
+            why="LoRA is trained here over bf16, fp16 or fp32 weights",
+            fix="use the unquantised model",
+        )
+    model_type = tree.pop("model_type", None)
+    if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise FamilyError(
+            f"model_type {model_type!r} is no chat model that this transformers knows",
+            where=str(directory / "config.json"),
+            fix="`lorasmith families` lists what runs; a newer transformers may know this model_type",
+        )
+    for key in _CODE_KEYS:
+        tree.pop(key, None)
+    config: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(tree)
+    return config
+
+
+def empty_module(config: PretrainedConfig) -> PreTrainedModel:
+    """The module without memory (meta device): names, shapes and counts of parameters."""
+    with torch.device("meta"):
+        module: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    return module
+
+
+def load_base(
+    directory: Path, config: PretrainedConfig, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """Weights from safetensors or .bin shards (unpickled with weights_only), every tensor accounted for.
+
+    Raises: SetupError naming missing, unknown or misshapen tensors.
+    """
+    try:
+        module, info = AutoModelForCausalLM.from_pretrained(
+            directory,
+            config=config,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
+        reason = str(error).strip().splitlines()
+        raise SetupError(
+            "the weights cannot be read",
+            where=str(directory),
+            why=reason[0] if reason else type(error).__name__,
+            fix="check that the directory is a complete download (`lorasmith download` resumes one)",
+        ) from error
+    _refuse_gaps(info, directory)
+    base: PreTrainedModel = module.to(device).eval()
+    return base
+
+
+def _refuse_gaps(info: dict[str, Any], directory: Path) -> None:
+    unknown = [name for name in info["unexpected_keys"] if not name.endswith(_STRAY_BUFFERS)]
+    problems = {"missing": info["missing_keys"], "unknown": unknown, "misshapen": info["mismatched_keys"]}
+    told = [f"{kind}: {', '.join(_names(names))}" for kind, names in problems.items() if names]
+    if told:
+        raise SetupError(
+            "the checkpoint's tensors are not this model's",
+            where=str(directory),
+            why="; ".join(told),
+            fix="check that config.json and the weights belong together and that no shard is missing",
+        )
+
+
+def _names(names: Any) -> list[str]:
+    ordered = sorted(str(name[0] if isinstance(name, tuple) else name) for name in names)
+    return [*ordered[:5], f"and {len(ordered) - 5} more"] if len(ordered) > 5 else ordered
+
+
+def module_dtype(module: torch.nn.Module) -> torch.dtype:
+    return next(p.dtype for p in module.parameters() if p.is_floating_point())
+
+
+def hidden_size(config: PretrainedConfig) -> int:
+    text_config = config.get_text_config()
+    return int(text_config.hidden_size)
+
+

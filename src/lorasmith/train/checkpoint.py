@@ -1,0 +1,163 @@
+"""Checkpoints: what a resume needs, published by one rename and checked by a manifest before it is trusted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from safetensors.torch import load_file, save
+
+from lorasmith.errors import CheckpointError
+from lorasmith.model.adapter import adapter_files, restore_adapter, trainable_parameters
+from lorasmith.train.storage import Storage
+
+FORMAT = 1
+_MANIFEST, _STATE, _OPTIMIZER = "MANIFEST.json", "state.json", "optimizer.safetensors"
+_STEP_DIR = re.compile(r"step-(\d{6,})")
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a run stands. Order, learning rate and dropout masks are functions of `step`, so this is all."""
+
+    step: int = 0
+    """Optimizer steps taken."""
+    window_loss: float = 0.0
+    """Sum of losses over the targets seen since the last line of metrics.jsonl."""
+    window_targets: float = 0.0
+    best_step: int | None = None
+    best_eval_loss: float | None = None
+    evals_since_best: int = 0
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    """What the run depends on: {"config": ..., "data": ..., "base": ...}."""
+
+    def after(self, loss: float, num_targets: float) -> TrainState:
+        return replace(
+            self,
+            step=self.step + 1,
+            window_loss=self.window_loss + loss * num_targets,
+            window_targets=self.window_targets + num_targets,
+        )
+
+
+def checkpoint_dir(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step-{step:06d}"
+
+
+def save_checkpoint(
+    storage: Storage,
+    run_dir: Path,
+    state: TrainState,
+    model: peft.PeftModel,
+    optimizer: torch.optim.Optimizer,
+) -> Path:
+    """Raises: StorageError; earlier checkpoints are untouched then."""
+    files = {
+        **adapter_files(model),
+        _OPTIMIZER: _optimizer_bytes(model, optimizer),
+        _STATE: _json_bytes({"format": FORMAT, **asdict(state)}),
+    }
+    files[_MANIFEST] = _json_bytes({name: _fingerprint(data) for name, data in files.items()})
+    path = checkpoint_dir(run_dir, state.step)
+    storage.make_dir(path.parent)
+    storage.publish_dir(path, files)
+    return path
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Published checkpoints, oldest step first: by number, never by the clock."""
+    found = [p for p in (run_dir / "checkpoints").glob("step-*") if _STEP_DIR.fullmatch(p.name)]
+    return sorted(found, key=_step_of)
+
+
+def newest_checkpoint(run_dir: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint that verifies, and those passed over with the reason."""
+    skipped = {}
+    for path in reversed(list_checkpoints(run_dir)):
+        problem = damage(path)
+        if problem is None:
+            return path, skipped
+        skipped[path] = problem
+    return None, skipped
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint: None if every file is there with the size and sha256 of its manifest."""
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        for name, expected in manifest.items():
+            if _fingerprint((path / name).read_bytes()) != expected:
+                return f"{name} is not what was written"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    surplus = {p.name for p in path.iterdir()} - set(manifest) - {_MANIFEST}
+    return f"unknown files: {', '.join(sorted(surplus))}" if surplus else None
+
+
+def read_state(path: Path) -> TrainState:
+    tree = json.loads((path / _STATE).read_text(encoding="utf-8"))
+    if tree.pop("format") != FORMAT:
+        raise CheckpointError("this checkpoint was written by another version of lorasmith", where=str(path))
+    return TrainState(**tree)
+
+
+def require_same_run(state: TrainState, fingerprints: Mapping[str, str], path: Path) -> None:
+    """Raises: CheckpointError naming what changed since the checkpoint was written."""
+    changed = [name for name, value in fingerprints.items() if state.fingerprints.get(name) != value]
+    if changed:
+        raise CheckpointError(
+            f"this checkpoint belongs to another run: its {' and '.join(changed)} differ",
+            where=str(path),
+            why="going on would give neither the old run nor the new one",
+            fix="resume with the config, data and base model it was started with, or choose a new train.output_dir",
+        )
+
+
+def restore(path: Path, model: peft.PeftModel, optimizer: torch.optim.Optimizer) -> None:
+    """Put a checkpoint's adapter and moments back, bit by bit."""
+    restore_adapter(model, path)
+    tensors = load_file(path / _OPTIMIZER)
+    for name, parameter in trainable_parameters(model).items():
+        prefix = f"{name}/"
+        moments = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+        if moments:
+            optimizer.state[parameter] = {
+                key: t if key == "step" else t.to(parameter.device) for key, t in moments.items()
+            }
+
+
+def prune(storage: Storage, run_dir: Path, keep: int | None, best_step: int | None) -> None:
+    """Delete all but the newest `keep` checkpoints and the best one."""
+    if keep is None:
+        return
+    for path in list_checkpoints(run_dir)[:-keep]:
+        if _step_of(path) != best_step:
+            storage.remove_dir(path)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _optimizer_bytes(model: peft.PeftModel, optimizer: torch.optim.Optimizer) -> bytes:
+    tensors = {
+        f"{name}/{key}": value.detach().cpu().contiguous()
+        for name, parameter in trainable_parameters(model).items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+    return save(dict(sorted(tensors.items())))
+
+
+def _fingerprint(data: bytes) -> dict[str, Any]:
+    return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _json_bytes(tree: Mapping[str, Any]) -> bytes:
+    return (json.dumps(tree, indent=2, ensure_ascii=False) + "\n").encode()

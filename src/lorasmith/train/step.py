@@ -1,0 +1,75 @@
+"""One optimizer step: the loss is the sum over the step's targets, divided by their number, however it is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lorasmith.errors import DivergedError
+from lorasmith.model.dropout import DropoutClock
+from lorasmith.model.packed import target_logits, to_device
+from lorasmith.ops.cross_entropy import cross_entropy_sum
+from lorasmith.types import Batch
+
+
+@dataclass(frozen=True)
+class StepResult:
+    loss: float
+    grad_norm: float
+    """L2 norm of all trained gradients, before clipping."""
+    num_targets: float
+    num_tokens: int
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Batch],
+    *,
+    learning_rate: float,
+    max_grad_norm: float | None,
+    clock: DropoutClock,
+) -> StepResult:
+    """Forward and backward over the step's rows, then one update.
+
+    Raises: DivergedError before the update if the loss or the gradient is not finite.
+    """
+    num_targets = sum(batch.num_targets for batch in batches)
+    loss = accumulate_gradients(model, batches, num_targets, clock)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    limit = float("inf") if max_grad_norm is None else max_grad_norm
+    grad_norm = float(nn.utils.clip_grad_norm_(parameters, limit))
+    _require_finite(clock.step, loss, grad_norm)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(loss, grad_norm, num_targets, sum(len(batch.input_ids) for batch in batches))
+
+
+def accumulate_gradients(
+    model: nn.Module, batches: Sequence[Batch], num_targets: float, clock: DropoutClock
+) -> float:
+    """Add the gradient of sum(losses) / num_targets to the parameters; returns that loss."""
+    device = next(model.parameters()).device
+    loss = 0.0
+    for batch in batches:
+        clock.offset = batch.offset
+        on_device = to_device(batch, device)
+        logits_NV = target_logits(model, on_device)
+        part = cross_entropy_sum(logits_NV, on_device.labels, on_device.weights) / num_targets
+        part.backward()
+        loss += part.item()
+    return loss
+
+
+def _require_finite(step: int, loss: float, grad_norm: float) -> None:
+    if not torch.isfinite(torch.tensor([loss, grad_norm])).all():
+        raise DivergedError(
+            f"step {step + 1}: loss {loss}, gradient norm {grad_norm}",
+            why="the run diverged; the step was not taken and nothing was written from it",
+            fix="go on from the last checkpoint with a lower train.learning_rate, or use dtype bf16 or fp32",
+        )
