@@ -1,4 +1,4 @@
-"""Every knob, declared once. YAML keys, `--set` flags, the Python API and docs/reference/config.md come from here.
+"""Every knob, declared once: YAML keys, `--set`, the Python API and docs/reference/config.md come from here.
 
 Config objects are inert and frozen: they build nothing and never change. An unknown key is an error.
 """
@@ -30,32 +30,47 @@ class ModelConfig(Section):
     """The base model."""
 
     path: str = Field("", description="Directory of the base model, or its name on the hub.")
-    family: str = Field("auto", description="Family name as `lorasmith families` lists it; auto reads config.json.")
+    family: str = Field(
+        "auto", description="Family name as `lorasmith families` lists it; auto reads config.json."
+    )
     chat_format: Literal["official", "tutorial"] = Field(
         "official", description="The authors' own chat format, or what the family's tutorial feeds."
     )
-    dtype: Dtype = Field("auto", description="auto: bf16 where a probe finds it fast, else fp32 (fp16 on old GPUs).")
-    device: str = Field("auto", description="auto: cuda where there is one, else cpu; or cpu, cuda, cuda:1, mps.")
-    hub: Literal["huggingface", "modelscope"] = Field("huggingface", description="Where a hub name is looked up.")
+    dtype: Dtype = Field(
+        "auto", description="auto: bf16 where a probe finds it fast, else fp32 (fp16 on old GPUs)."
+    )
+    device: str = Field(
+        "auto", description="auto: cuda where there is one, else cpu; or cpu, cuda, cuda:1, mps."
+    )
+    hub: Literal["huggingface", "modelscope"] = Field(
+        "huggingface", description="Where a hub name is looked up."
+    )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub name.")
 
 
 class DataConfig(Section):
     """The training rows."""
 
-    train: str = Field("", description="File (.json, .jsonl, .csv, .parquet, also .gz) or a hub data set name.")
+    train: str = Field(
+        "", description="File (.json, .jsonl, .csv, .parquet, also .gz) or a hub data set name."
+    )
     eval: Annotated[float, Field(ge=0, lt=1)] | str | None = Field(
         None, description="Held-out rows: a share (split by hash of the prompt), or a file of their own."
     )
     format: DataFormat = Field("auto", description="Row format; auto detects it and says which it took.")
     columns: dict[str, str] = Field(
-        default_factory=dict, description="Our field: your column, e.g. {instruction: question, output: reply}."
+        default_factory=dict,
+        description="Our field: your column, e.g. {instruction: question, output: reply}.",
     )
-    system: str | None = Field(None, description="System prompt of every conversation that has none of its own.")
+    system: str | None = Field(
+        None, description="System prompt of every conversation that has none of its own."
+    )
     input_separator: str = Field(
         "", description="Stands between `instruction` and `input`; the tutorials join them with nothing."
     )
-    max_length: PositiveInt | None = Field(None, description="Longest conversation in tokens; null: the model's own limit.")
+    max_length: PositiveInt | None = Field(
+        None, description="Longest conversation in tokens; null: the model's own limit."
+    )
     over_length: Literal["error", "drop", "truncate"] = Field(
         "error", description="What happens to longer conversations; drop and truncate are counted and named."
     )
@@ -68,16 +83,24 @@ class LoraConfig(Section):
     """The adapter, in PEFT's words."""
 
     r: Annotated[int, Field(gt=0, le=4096)] = Field(8, description="Rank.")
-    lora_alpha: Annotated[float, Field(gt=0)] = Field(32, description="The adapter is scaled by lora_alpha / r.")
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="Dropout on the adapter's input.")
+    lora_alpha: Annotated[float, Field(gt=0)] = Field(
+        32, description="The adapter is scaled by lora_alpha / r."
+    )
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.1, description="Dropout on the adapter's input."
+    )
     target_modules: str | list[str] = Field(
         "auto", description="auto (the family's own list), all-linear, a list of module names, or one regex."
     )
     modules_to_save: list[str] | None = Field(None, description="Modules trained in full beside the adapter.")
     use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r) (arXiv:2312.03732).")
     use_dora: bool = Field(False, description="Weight-decomposed LoRA (arXiv:2402.09353).")
-    init_lora_weights: bool | str = Field(True, description="true, gaussian, pissa, olora, ... as PEFT knows them.")
-    init_from: str | None = Field(None, description="Go on from this adapter directory; its r, alpha and targets hold.")
+    init_lora_weights: bool | str = Field(
+        True, description="true, gaussian, pissa, olora, ... as PEFT knows them."
+    )
+    init_from: str | None = Field(
+        None, description="Go on from this adapter directory; its r, alpha and targets hold."
+    )
 
 
 class TrainConfig(Section):
@@ -85,28 +108,46 @@ class TrainConfig(Section):
 
     output_dir: str = Field("", description="Run directory; it is itself a PEFT adapter directory.")
     batch_size: PositiveInt = Field(16, description="Conversations per optimizer step, over all processes.")
-    max_tokens: PositiveInt = Field(4096, description="Tokens per forward pass: memory only, never the result.")
+    max_tokens: PositiveInt = Field(
+        4096, description="Tokens per forward pass: memory only, never the result."
+    )
     learning_rate: Annotated[float, Field(ge=0)] = Field(1e-4, description="Peak learning rate.")
     num_epochs: PositiveInt = Field(3, description="Passes over the rows.")
     max_steps: PositiveInt | None = Field(None, description="Stop after this many optimizer steps.")
-    lr_scheduler: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape after the warm-up.")
-    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = Field(0.03, description="Share of the steps spent warming up.")
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(1.0, description="Clip the gradient's norm; null: never.")
+    lr_scheduler: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="Shape after the warm-up."
+    )
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.03, description="Share of the steps spent warming up."
+    )
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
+        1.0, description="Clip the gradient's norm; null: never."
+    )
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW's decoupled weight decay.")
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="AdamW's first moment.")
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="AdamW's second moment.")
     adam_epsilon: Annotated[float, Field(gt=0)] = Field(1e-8, description="AdamW's epsilon.")
-    activation_checkpointing: bool = Field(False, description="Recompute activations: less memory, a third more work.")
+    activation_checkpointing: bool = Field(
+        False, description="Recompute activations: less memory, a third more work."
+    )
     shuffle: bool = Field(True, description="A new order each epoch, a pure function of the seed.")
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="Order, initial adapter and dropout masks.")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        0, description="Order, initial adapter and dropout masks."
+    )
     logging_steps: PositiveInt = Field(10, description="Steps between lines of metrics.jsonl.")
     save_steps: PositiveInt = Field(100, description="Steps between checkpoints.")
-    save_total_limit: PositiveInt | None = Field(None, description="Keep the newest n checkpoints (and the best).")
-    eval_steps: PositiveInt | None = Field(None, description="Steps between evaluations; null: start and end only.")
+    save_total_limit: PositiveInt | None = Field(
+        None, description="Keep the newest n checkpoints (and the best)."
+    )
+    eval_steps: PositiveInt | None = Field(
+        None, description="Steps between evaluations; null: start and end only."
+    )
     early_stopping_patience: PositiveInt | None = Field(
         None, description="Stop after this many evaluations without a better held-out loss."
     )
-    final_adapter: Literal["last", "best"] = Field("last", description="Which adapter the run directory ends with.")
+    final_adapter: Literal["last", "best"] = Field(
+        "last", description="Which adapter the run directory ends with."
+    )
 
     @model_validator(mode="after")
     def _evaluations_exist(self) -> TrainConfig:
@@ -120,9 +161,13 @@ class GenerateConfig(Section):
 
     max_new_tokens: PositiveInt = Field(512, description="Longest answer in tokens.")
     greedy: bool = Field(False, description="Always the likeliest token; the sampling knobs are then off.")
-    temperature: Annotated[float, Field(gt=0)] = Field(0.7, description="Below 1 is surer, above 1 is wilder.")
+    temperature: Annotated[float, Field(gt=0)] = Field(
+        0.7, description="Below 1 is surer, above 1 is wilder."
+    )
     top_k: NonNegativeInt = Field(50, description="Sample among the k likeliest tokens; 0: all.")
-    top_p: Annotated[float, Field(gt=0, le=1)] = Field(0.9, description="Sample among the likeliest p of the mass.")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.9, description="Sample among the likeliest p of the mass."
+    )
     repetition_penalty: Annotated[float, Field(gt=0)] = Field(1.0, description="Above 1 discourages repeats.")
     no_repeat_ngram_size: NonNegativeInt = Field(0, description="No n-gram of this size twice; 0: off.")
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = Field(None, description="Makes sampling repeatable.")
@@ -155,19 +200,25 @@ def parse_override(text: str) -> tuple[str, Any]:
     """`train.learning_rate=2e-4` -> ("train.learning_rate", 0.0002); the value is YAML."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f"--set {text!r} is not KEY=VALUE", fix="write it like --set train.learning_rate=2e-4")
+        raise ConfigError(
+            f"--set {text!r} is not KEY=VALUE", fix="write it like --set train.learning_rate=2e-4"
+        )
     return key.strip(), _parse_yaml(value, where=f"--set {key.strip()}")
 
 
 def validate(section: type[AnySection], tree: Any, *, where: str) -> AnySection:
     """A checked, frozen section. Raises: ConfigError with one line per wrong key."""
     if not isinstance(tree, Mapping):
-        raise ConfigError("a config is a mapping of keys to values", where=where, why=f"found {type(tree).__name__}")
+        raise ConfigError(
+            "a config is a mapping of keys to values", where=where, why=f"found {type(tree).__name__}"
+        )
     try:
         return section.model_validate(dict(tree))
     except ValidationError as error:
         lines = [_describe(section, item) for item in error.errors()]
-        raise ConfigError("\n".join(lines), where=where, fix="docs/reference/config.md lists every key") from None
+        raise ConfigError(
+            "\n".join(lines), where=where, fix="docs/reference/config.md lists every key"
+        ) from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -180,7 +231,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read {path}", why=str(error)) from None
     tree = _parse_yaml(text, where=str(path))
     if tree is not None and not isinstance(tree, dict):
-        raise ConfigError("a config is a mapping of keys to values", where=str(path), why=f"found {type(tree).__name__}")
+        raise ConfigError(
+            "a config is a mapping of keys to values", where=str(path), why=f"found {type(tree).__name__}"
+        )
     return tree or {}
 
 
@@ -204,7 +257,9 @@ class _StrictLoader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()
-            raise yaml.constructor.ConstructorError(None, None, "aliases (*name) are not allowed", event.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, "aliases (*name) are not allowed", event.start_mark
+            )
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -221,7 +276,9 @@ _StrictLoader.yaml_implicit_resolvers = {
     first: list(resolvers) for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
 )
 
 
@@ -237,7 +294,9 @@ def _set_dotted(tree: dict[str, Any], dotted: str, value: Any) -> None:
 
 def _describe(section: type[Section], item: Any) -> str:
     """One pydantic error as a line of ours: the dotted key, the rule, the value that broke it."""
-    names: Sequence[str] = [str(part) for part in item["loc"] if not str(part).startswith(("constrained-", "function-"))]
+    names: Sequence[str] = [
+        str(part) for part in item["loc"] if not str(part).startswith(("constrained-", "function-"))
+    ]
     dotted = ".".join(names)
     if item["type"] == "extra_forbidden":
         known = _keys(section, names[:-1])
@@ -253,7 +312,11 @@ def _describe(section: type[Section], item: Any) -> str:
 def _keys(section: type[Section], path: Sequence[str]) -> list[str]:
     for name in path:
         field = section.model_fields.get(name)
-        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, Section):
+        if (
+            field is None
+            or not isinstance(field.annotation, type)
+            or not issubclass(field.annotation, Section)
+        ):
             return []
         section = field.annotation
     return list(section.model_fields)

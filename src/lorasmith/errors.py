@@ -1,15 +1,15 @@
 """What can go wrong, as a tree. Every error says what happened, where, why, and what to do.
 
-    LorasmithError                 exit code
-    ├── ConfigError      (ValueError)    2   a key, a flag or a combination of them is wrong
-    │   └── FamilyError                  2   no family fits the model directory, or two do
-    ├── DataError        (ValueError)    3   rows that cannot be trained on, named file:line
-    ├── SetupError                       4   model files, hub, tokenizer, output directory, versions
-    │   ├── TokenizerError               4   the tokenizer does not give the ids it must give
-    │   └── CheckpointError              4   nothing to resume from, or it belongs to another run
-    ├── MemoryLimitError (MemoryError)   5   one conversation does not fit into memory
-    ├── DivergedError    (ArithmeticError) 6 the loss or its gradient is not finite
-    └── StorageError     (OSError)       7   the disk refused
+LorasmithError                 exit code
+├── ConfigError      (ValueError)    2   a key, a flag or a combination of them is wrong
+│   └── FamilyError                  2   no family fits the model directory, or two do
+├── DataError        (ValueError)    3   rows that cannot be trained on, named file:line
+├── SetupError                       4   model files, hub, tokenizer, output directory, versions
+│   ├── TokenizerError               4   the tokenizer does not give the ids it must give
+│   └── CheckpointError              4   nothing to resume from, or it belongs to another run
+├── MemoryLimitError (MemoryError)   5   one conversation does not fit into memory
+├── DivergedError    (ArithmeticError) 6 the loss or its gradient is not finite
+└── StorageError     (OSError)       7   the disk refused
 """
 
 from __future__ import annotations

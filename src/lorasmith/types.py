@@ -1,6 +1,6 @@
 """The words everybody speaks: the values that travel from one room to the next, all frozen.
 
-    jsonl -> Conversation -> Pieces -> Example -> Batch (+ Layout) -> loss -> adapter
+jsonl -> Conversation -> Pieces -> Example -> Batch (+ Layout) -> loss -> adapter
 """
 
 from __future__ import annotations

@@ -68,7 +68,12 @@ def join_text(pieces: Sequence[Piece]) -> list[Piece]:
     joined: list[Piece] = []
     for piece in pieces:
         last = joined[-1] if joined else None
-        if last and isinstance(last.content, str) and isinstance(piece.content, str) and last.trained == piece.trained:
+        if (
+            last
+            and isinstance(last.content, str)
+            and isinstance(piece.content, str)
+            and last.trained == piece.trained
+        ):
             joined[-1] = replace(last, content=last.content + piece.content)
         else:
             joined.append(piece)

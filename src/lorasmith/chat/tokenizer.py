@@ -42,7 +42,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def lost(self, texts: Sequence[str], encoded: Sequence[Sequence[int]]) -> list[int]:
-        """Indices of the texts that do not come back from their ids (the tokenizer dropped or changed some)."""
+        """Indices of the texts that do not come back from their ids: the tokenizer lost some of them."""
 
     @abstractmethod
     def stream(self, ids: Iterator[int]) -> Iterator[str]:

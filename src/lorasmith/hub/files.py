@@ -19,7 +19,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise SetupError(f"{path.name} cannot be read", where=str(path), why=str(error)) from None
     if not isinstance(tree, dict):
-        raise SetupError(f"{path.name} is no JSON object", where=str(path), why=f"it is a {type(tree).__name__}")
+        raise SetupError(
+            f"{path.name} is no JSON object", where=str(path), why=f"it is a {type(tree).__name__}"
+        )
     return tree
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,7 @@ def attach_lora(
         _take_dropout(model, config)
     else:
         peft_config = peft_lora_config(module, config, family_targets=family_targets, base_name=base_name)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), quiet_peft():
             torch.manual_seed(clock.seed)
             model = peft.get_peft_model(module, peft_config)
     use_stateless_dropout(model, clock)
@@ -86,7 +88,8 @@ def load_adapter(module: PreTrainedModel, directory: Path, *, trainable: bool = 
     """
     read_json(directory / ADAPTER_CONFIG)
     try:
-        model = peft.PeftModel.from_pretrained(module, str(directory), is_trainable=trainable)
+        with quiet_peft():
+            model = peft.PeftModel.from_pretrained(module, str(directory), is_trainable=trainable)
     except (ValueError, RuntimeError, KeyError, OSError, TypeError) as error:
         raise SetupError(
             "the adapter does not fit this base model",
@@ -135,7 +138,11 @@ def _explicit_targets(
 def linear_names(module: nn.Module) -> list[str]:
     """Last names of the linear layers, without the head."""
     head = module.get_output_embeddings() if isinstance(module, PreTrainedModel) else None
-    names = {name.rpartition(".")[2] for name, m in module.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    names = {
+        name.rpartition(".")[2]
+        for name, m in module.named_modules()
+        if isinstance(m, nn.Linear) and m is not head
+    }
     return sorted(names)
 
 
@@ -146,7 +153,9 @@ def _require_matches(module: nn.Module, config: peft.LoraConfig) -> None:
     wanted = [targets] if isinstance(targets, str) else sorted(targets or ())
     probes = [(t, peft.LoraConfig(target_modules=t if isinstance(targets, str) else [t])) for t in wanted]
     missing = [t for t, probe in probes if not any(check_target_module_exists(probe, name) for name in names)]
-    missing += [m for m in config.modules_to_save or () if not any(n == m or n.endswith("." + m) for n in names)]
+    missing += [
+        m for m in config.modules_to_save or () if not any(n == m or n.endswith("." + m) for n in names)
+    ]
     if missing:
         known = linear_names(module)
         near = [match for name in missing for match in difflib.get_close_matches(name, known, n=1)]
@@ -156,6 +165,16 @@ def _require_matches(module: nn.Module, config: peft.LoraConfig) -> None:
             where="lora.target_modules",
             fix=f"{hint}its linear layers are {', '.join(known)}",
         )
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Without two warnings that no user can act on: a deprecated property that peft reads, and the base's
+    name, which we know better than the module does."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+        warnings.filterwarnings("ignore", message=".*base_model_name_or_path. was renamed.*")
+        yield
 
 
 def _take_dropout(model: peft.PeftModel, config: LoraConfig) -> None:

@@ -28,7 +28,9 @@ def activation_checkpointing(module: nn.Module, wanted: bool) -> Iterator[None]:
         )
     for layer in layers:
         layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        layer._gradient_checkpointing_func = partial(
+            checkpoint, use_reentrant=False, preserve_rng_state=False
+        )
     try:
         yield
     finally:

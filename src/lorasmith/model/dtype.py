@@ -1,4 +1,4 @@
-""""auto" for device and dtype, resolved once into a value."""
+""" "auto" for device and dtype, resolved once into a value."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def resolve_dtype(dtype: Dtype, device: torch.device, hidden_size: int = 1024) -
 
 
 def bf16_is_faster(hidden_size: int) -> bool:
-    """Time the model's own kind of matrix product in both dtypes; without hardware bf16 is up to 500x slower."""
+    """Time the model's kind of matrix product in both: without hardware for it bf16 is up to 500x slower."""
     width = min(hidden_size, 2048)
     return _seconds(torch.bfloat16, width) * 1.15 < _seconds(torch.float32, width)
 

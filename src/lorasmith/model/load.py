@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import logging
 
 from lorasmith.errors import FamilyError, SetupError
 from lorasmith.hub.files import read_json
@@ -62,15 +65,16 @@ def load_base(
     Raises: SetupError naming missing, unknown or misshapen tensors.
     """
     try:
-        module, info = AutoModelForCausalLM.from_pretrained(
-            directory,
-            config=config,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        with _quiet_loading():
+            module, info = AutoModelForCausalLM.from_pretrained(
+                directory,
+                config=config,
+                dtype=dtype,
+                attn_implementation="sdpa",
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
     except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
         reason = str(error).strip().splitlines()
         raise SetupError(
@@ -82,6 +86,18 @@ def load_base(
     _refuse_gaps(info, directory)
     base: PreTrainedModel = module.to(device).eval()
     return base
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Without transformers' own progress bar, which has no line of its own to stand on."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _refuse_gaps(info: dict[str, Any], directory: Path) -> None:
@@ -107,7 +123,4 @@ def module_dtype(module: torch.nn.Module) -> torch.dtype:
 
 
 def hidden_size(config: PretrainedConfig) -> int:
-    text_config = config.get_text_config()
-    return int(text_config.hidden_size)
-
-
+    return int(config.get_text_config().hidden_size)

@@ -26,6 +26,8 @@ class Model:
     chat_format: ChatFormat
     directory: Path
     """Of the base model."""
+    source: str
+    """What the base model was asked for as: a hub name or a directory. Adapters name it as their base."""
     system: str | None = None
     """The system prompt that a run was trained with; put before conversations that have none."""
 
@@ -34,4 +36,6 @@ class Model:
 
         Raises: DataError if the chat format cannot write them or the tokenizer loses some of their text.
         """
-        return self.chat_format.encode(Conversation(tuple(messages), "messages"), for_generation=for_generation)
+        return self.chat_format.encode(
+            Conversation(tuple(messages), "messages"), for_generation=for_generation
+        )

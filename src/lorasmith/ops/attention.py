@@ -25,7 +25,7 @@ class LayoutIndex:
     """A Layout as gather indices on one device, made once per batch and used by every layer."""
 
     segments_SL: Tensor | None
-    """Token indices of each segment, right-padded with its first token; None where segments share prefixes."""
+    """Token indices of each segment, right-padded with its first; None where segments share prefixes."""
     tokens_T: Tensor | None
     """Where each token stands in the flattened segments_SL."""
     visible_TT: Tensor | None

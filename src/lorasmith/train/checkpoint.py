@@ -1,4 +1,4 @@
-"""Checkpoints: what a resume needs, published by one rename and checked by a manifest before it is trusted."""
+"""Checkpoints: what a resume needs, published by one rename, checked by a manifest before it is trusted."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def newest_checkpoint(run_dir: Path) -> tuple[Path | None, dict[Path, str]]:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint: None if every file is there with the size and sha256 of its manifest."""
+    """What is wrong with a checkpoint; None if every file has the size and sha256 of its manifest."""
     try:
         manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
         for name, expected in manifest.items():
@@ -116,7 +116,7 @@ def require_same_run(state: TrainState, fingerprints: Mapping[str, str], path: P
             f"this checkpoint belongs to another run: its {' and '.join(changed)} differ",
             where=str(path),
             why="going on would give neither the old run nor the new one",
-            fix="resume with the config, data and base model it was started with, or choose a new train.output_dir",
+            fix="resume with the config, data and base it was started with, or choose a new train.output_dir",
         )
 
 

@@ -219,4 +219,3 @@ def make_optimizer(model: peft.PeftModel, config: TrainConfig) -> torch.optim.Ad
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
     )
-

@@ -13,7 +13,7 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Appends to a run's metrics.jsonl. After a resume, lines of steps that are taken again are dropped first."""
+    """Appends to a run's metrics.jsonl; a resume first drops the lines of steps that are taken again."""
 
     def __init__(self, storage: Storage, run_dir: Path, *, resumed_at: int | None) -> None:
         self._storage, self._path = storage, run_dir / METRICS_FILE

@@ -1,4 +1,4 @@
-"""One optimizer step: the loss is the sum over the step's targets, divided by their number, however it is cut."""
+"""One optimizer step: loss = sum over the step's targets / their number, however the step is cut."""
 
 from __future__ import annotations
 

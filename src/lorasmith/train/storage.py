@@ -13,7 +13,7 @@ from lorasmith.errors import StorageError
 
 
 class Storage:
-    """Durable primitives. A file that was written, or a directory that was published, survives a power cut."""
+    """Durable primitives: a file that was written, a directory that was published, survives a power cut."""
 
     def make_dir(self, path: Path) -> None:
         with _told(path):
@@ -85,7 +85,7 @@ def _told(path: Path) -> Iterator[None]:
             f"cannot write {path.name}",
             where=str(path),
             why=f"{error.strerror or error}{_free_space(path)}",
-            fix="make room or choose another train.output_dir, then go on with --resume: earlier checkpoints stand",
+            fix="make room, then go on with --resume: earlier checkpoints stand",
         ) from error
 
 

@@ -1,0 +1,97 @@
+"""Lorasmith gives an open chat model a new voice, by LoRA fine-tuning.
+
+    import lorasmith as ls
+
+    model = ls.load_model("deepseek-ai/deepseek-llm-7b-chat")
+    data = ls.load_dataset("huanhuan.json", model)
+    run = ls.train(model, data, output_dir="runs/huanhuan")
+    print(ls.chat(model, [ls.Message("user", "你是谁？")]).content)
+
+Importing has no effect and loads no torch: the names below are fetched when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lorasmith.api import (
+        Evaluation,
+        Plan,
+        Run,
+        chat,
+        download,
+        evaluate,
+        generate,
+        load_dataset,
+        load_model,
+        load_module,
+        plan,
+        train,
+    )
+    from lorasmith.config import (
+        DataConfig,
+        GenerateConfig,
+        LoraConfig,
+        ModelConfig,
+        RunConfig,
+        TrainConfig,
+    )
+    from lorasmith.errors import LorasmithError
+    from lorasmith.model.model import Model
+    from lorasmith.types import Batch, Completion, Conversation, Example, Layout, Message, Piece
+
+_HOME = {
+    "lorasmith.api": (
+        "Evaluation Plan Run chat download evaluate generate load_dataset load_model load_module plan train"
+    ),
+    "lorasmith.config": "DataConfig GenerateConfig LoraConfig ModelConfig RunConfig TrainConfig",
+    "lorasmith.errors": "LorasmithError",
+    "lorasmith.model.model": "Model",
+    "lorasmith.types": "Batch Completion Conversation Example Layout Message Piece",
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}
+
+__all__ = [
+    "Batch",
+    "Completion",
+    "Conversation",
+    "DataConfig",
+    "Evaluation",
+    "Example",
+    "GenerateConfig",
+    "Layout",
+    "LoraConfig",
+    "LorasmithError",
+    "Message",
+    "Model",
+    "ModelConfig",
+    "Piece",
+    "Plan",
+    "Run",
+    "RunConfig",
+    "TrainConfig",
+    "chat",
+    "download",
+    "evaluate",
+    "generate",
+    "load_dataset",
+    "load_model",
+    "load_module",
+    "plan",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("lorasmith")
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'lorasmith' has no attribute {name!r}")
+    return getattr(import_module(_MODULE_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,403 @@
+"""The composition root: what a user's program calls, each a short chain of calls into the rooms below.
+
+Rooms that load torch are imported by the functions that need them, so that a data check or a config error
+costs a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorasmith.config import (
+    DataConfig,
+    Dtype,
+    GenerateConfig,
+    LoraConfig,
+    RunConfig,
+    TrainConfig,
+    validate,
+)
+from lorasmith.errors import ConfigError, DataError
+from lorasmith.types import Batch, Completion, Example, Message
+
+if TYPE_CHECKING:
+    import peft
+    from transformers import PreTrainedModel
+
+    from lorasmith.chat.template import ChatFormat
+    from lorasmith.data.dataset import Dataset
+    from lorasmith.data.loader import Loader
+    from lorasmith.families.base import Family
+    from lorasmith.model.model import Model
+    from lorasmith.train.estimate import MemoryEstimate, ParameterCount
+    from lorasmith.train.progress import Reporter
+    from lorasmith.train.run_dir import ChatSettings
+    from lorasmith.train.storage import Storage
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training run; `output_dir` is a PEFT adapter directory."""
+
+    output_dir: Path
+    step: int
+    eval_loss_before: float | None
+    """Held-out loss in nats per target token, before the first step; None without held-out rows."""
+    eval_loss_after: float | None
+    best_step: int | None
+    stopped_early: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do and need, without its weights."""
+
+    num_examples: int
+    num_held_out: int
+    tokens_per_epoch: int
+    targets_per_epoch: int
+    total_steps: int
+    parameters: ParameterCount
+    memory: MemoryEstimate
+    dtype: str
+    family: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    loss: float
+    """Nats per target token, over the whole set."""
+    perplexity: float
+    num_targets: int
+
+
+def download(repo: str, *, hub: str = "huggingface", revision: str | None = None) -> Path:
+    """A hub name -> the directory of its files; a directory is returned as it is."""
+    from lorasmith.hub.download import resolve
+
+    return resolve(repo, hub=hub, revision=revision)
+
+
+def load_chat_format(
+    path_or_repo: str, *, family: str = "auto", chat_format: str = "official", hub: str = "huggingface"
+) -> ChatFormat:
+    """The chat format of a model directory, from its config.json and tokenizer files alone."""
+    from lorasmith.families.opening import open_chat
+
+    return open_chat(download(path_or_repo, hub=hub), family, chat_format)[1]
+
+
+def load_module(
+    path_or_repo: str,
+    *,
+    family: str = "auto",
+    dtype: Dtype = "auto",
+    device: str = "auto",
+    adapter: str | None = None,
+) -> PreTrainedModel | peft.PeftModel:
+    """The bare transformers module of a model directory, which needs no tokenizer; with `adapter`, peft's
+    over it.
+
+    Raises: FamilyError, SetupError if the directory is not a whole model of a family that runs here.
+    """
+    from lorasmith.families.opening import open_family
+    from lorasmith.model.adapter import load_adapter
+    from lorasmith.model.dtype import resolve_device, resolve_dtype
+    from lorasmith.model.load import hidden_size, load_base, read_model_config
+
+    directory = download(path_or_repo)
+    open_family(directory, family)
+    config = read_model_config(directory)
+    on = resolve_device(device)
+    module = load_base(directory, config, resolve_dtype(dtype, on, hidden_size(config)), on)
+    return load_adapter(module, Path(adapter)) if adapter else module
+
+
+def load_model(
+    path_or_repo: str,
+    *,
+    family: str = "auto",
+    chat_format: str | None = None,
+    dtype: Dtype = "auto",
+    device: str = "auto",
+    adapter: str | None = None,
+    checkpoint: int | None = None,
+    hub: str = "huggingface",
+    revision: str | None = None,
+) -> Model:
+    """A model to train or to talk to: a base model, or a run (or any PEFT adapter directory) over its base.
+
+    A run brings its family, chat format and system prompt with it; `checkpoint` picks one of its steps.
+    `chat_format` None means the run's own, else "official".
+    """
+    from lorasmith.families.opening import open_chat
+    from lorasmith.model.model import Model
+    from lorasmith.train.run_dir import ChatSettings, adapter_of, is_adapter_dir, read_chat_settings
+
+    run = Path(path_or_repo)
+    chat = ChatSettings(path_or_repo, family, chat_format or "official", None)
+    if is_adapter_dir(run):
+        chat, adapter = read_chat_settings(run), str(adapter_of(run, checkpoint))
+    directory = download(chat.base, hub=hub, revision=revision)
+    wanted = chat.family if family == "auto" else family
+    found, written = open_chat(directory, wanted, chat_format or chat.chat_format)
+    module = load_module(str(directory), family=found.name, dtype=dtype, device=device, adapter=adapter)
+    source = _absolute(chat.base)
+    return Model(module, written.tokenizer, found, written, directory, source, chat.system)
+
+
+def load_dataset(path: str, model: Model | ChatFormat, **options: Any) -> Dataset:
+    """Rows of a file (or a hub data set) as checked, encoded examples.
+
+    `options` are keys of DataConfig: system, eval, format, columns, max_length, over_length, on_bad_row, ...
+    Raises: DataError naming every bad row by file and line; ConfigError for an unknown option.
+    """
+    from lorasmith.data.dataset import load
+    from lorasmith.families.opening import context_length
+    from lorasmith.model.model import Model
+
+    config = validate(DataConfig, {"train": str(path), **options}, where="load_dataset")
+    written = model.chat_format if isinstance(model, Model) else model
+    limit = context_length(model.directory) if isinstance(model, Model) else None
+    return load(config, written, model_max_length=limit)
+
+
+def train(
+    model: Model | PreTrainedModel,
+    data: Dataset | Sequence[Example],
+    *,
+    output_dir: str | Path,
+    lora: LoraConfig | None = None,
+    train: TrainConfig | None = None,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+    run_config: RunConfig | None = None,
+    storage: Storage | None = None,
+) -> Run:
+    """Fine-tune a LoRA adapter; `model` carries it afterwards, and `output_dir` holds it.
+
+    `run_config` is what config.yaml records beside `lora` and `train`. Raises: SetupError if a run lies in
+    `output_dir` and `resume` is False; DataError for examples that this model cannot take; DivergedError;
+    StorageError.
+    """
+    from lorasmith.data.dataset import fingerprint
+    from lorasmith.evaluate.loss import held_out_loss
+    from lorasmith.model.model import Model
+    from lorasmith.train.progress import default_reporter
+    from lorasmith.train.session import Session
+    from lorasmith.train.storage import Storage
+
+    lora, train = lora or LoraConfig(), train or TrainConfig()
+    train = train.model_copy(update={"output_dir": str(output_dir)})
+    config = (run_config or RunConfig()).model_copy(update={"lora": lora, "train": train})
+    examples, held_out = _examples_of(data)
+    tuned = model if isinstance(model, Model) else None
+    session = Session(
+        tuned.module if tuned else model,
+        _loader(examples, train),
+        config,
+        family_targets=tuned.family.target_modules if tuned else None,
+        chat=_chat_settings(tuned, config.data.system) if tuned else None,
+        data_fingerprint=fingerprint(examples),
+        largest_id=max(int(example.input_ids.max()) for example in [*examples, *held_out]),
+        resume=resume,
+        reporter=reporter or default_reporter(),
+        storage=storage or Storage(),
+    )
+    batches = _one_pass(held_out, train.max_tokens)
+    result = session.run((lambda: held_out_loss(session.model, batches)) if batches else None)
+    if tuned:
+        tuned.module, tuned.system = session.model, config.data.system
+    return Run(
+        output_dir=session.run_dir,
+        step=result.step,
+        eval_loss_before=result.eval_loss_before,
+        eval_loss_after=result.eval_loss_after,
+        best_step=result.best_step,
+        stopped_early=result.stopped_early,
+    )
+
+
+def run(
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+    on_data: Callable[[Dataset], None] | None = None,
+) -> Run:
+    """A whole recipe. The data is checked first, then the targets, then the weights are read.
+
+    `on_data` is told the data set before the weights are read: the command line prints its report.
+    """
+    prepared = _prepare(config)
+    if on_data:
+        on_data(prepared.data)
+    _count_parameters(prepared, config.lora)
+    model = load_model(
+        config.model.path,
+        hub=config.model.hub,
+        revision=config.model.revision,
+        family=prepared.family.name,
+        chat_format=config.model.chat_format,
+        dtype=config.model.dtype,
+        device=config.model.device,
+    )
+    settled = config.model.model_copy(update={"path": model.source, "family": model.family.name})
+    return train(
+        model,
+        prepared.data,
+        output_dir=config.train.output_dir,
+        lora=config.lora,
+        train=config.train,
+        resume=resume,
+        reporter=reporter,
+        run_config=config.model_copy(update={"model": settled}),
+    )
+
+
+def plan(config: RunConfig) -> Plan:
+    """What `run` would do and need: reads the data, config.json and the tokenizer, never the weights."""
+    from lorasmith.model.dtype import resolve_device, resolve_dtype
+    from lorasmith.model.load import hidden_size, read_model_config
+    from lorasmith.train.estimate import estimate_memory
+    from lorasmith.train.loop import total_steps
+
+    prepared = _prepare(config)
+    parameters = _count_parameters(prepared, config.lora)
+    loader = _loader(prepared.data.examples, config.train)
+    rows = [batch for n in range(min(50, loader.steps_per_epoch)) for batch in loader.step(n)]
+    model_config = read_model_config(prepared.directory)
+    dtype = resolve_dtype(config.model.dtype, resolve_device(config.model.device), hidden_size(model_config))
+    memory = estimate_memory(
+        model_config,
+        parameters,
+        dtype,
+        row_tokens=max(len(row.input_ids) for row in rows),
+        row_targets=int(max(row.num_targets for row in rows)),
+        activation_checkpointing=config.train.activation_checkpointing,
+    )
+    return Plan(
+        family=prepared.family.name,
+        num_examples=loader.num_examples,
+        num_held_out=len(prepared.data.held_out),
+        tokens_per_epoch=loader.num_tokens,
+        targets_per_epoch=loader.num_targets,
+        total_steps=total_steps(loader, config.train),
+        parameters=parameters,
+        memory=memory,
+        dtype=str(dtype).removeprefix("torch."),
+    )
+
+
+def chat(model: Model, messages: Sequence[Message], *, generate: GenerateConfig | None = None) -> Completion:
+    """The answer to a conversation. Raises: DataError if it does not fit into the model's context."""
+    from lorasmith.infer.chat import chat as answer
+
+    return answer(model, messages, generate or GenerateConfig())
+
+
+def generate(
+    model: Model,
+    conversations: Sequence[Sequence[Message]],
+    *,
+    generate: GenerateConfig | None = None,
+    batch_size: int = 8,
+) -> list[Completion]:
+    """The answers to many conversations, in their order, generated in batches."""
+    from lorasmith.infer.generate import generate as answers
+
+    return answers(model, conversations, generate or GenerateConfig(), batch_size=batch_size)
+
+
+def evaluate(model: Model, data: Dataset | Sequence[Example], *, max_tokens: int = 4096) -> Evaluation:
+    """Loss and perplexity over rows: a data set's held-out rows where it has some, else all of them."""
+    from lorasmith.evaluate.loss import held_out_loss
+
+    examples, held_out = _examples_of(data)
+    batches = _one_pass(held_out or examples, max_tokens)
+    model.module.eval()
+    loss = held_out_loss(model.module, batches)
+    return Evaluation(loss, math.exp(loss), int(sum(batch.num_targets for batch in batches)))
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    directory: Path
+    family: Family
+    data: Dataset
+
+
+def _prepare(config: RunConfig) -> _Prepared:
+    from lorasmith.data.dataset import load
+    from lorasmith.families.opening import context_length, open_chat
+
+    for key, value in {"model.path": config.model.path, "data.train": config.data.train}.items():
+        if not value:
+            raise ConfigError(f"{key} is not set", fix=f"give it in the config or by --set {key}=...")
+    if not config.train.output_dir:
+        raise ConfigError("train.output_dir is not set", fix="give it in the config or by --output-dir")
+    directory = download(config.model.path, hub=config.model.hub, revision=config.model.revision)
+    family, chat_format = open_chat(directory, config.model.family, config.model.chat_format)
+    rejects = Path(config.train.output_dir) / "rejects.jsonl"
+    data = load(config.data, chat_format, model_max_length=context_length(directory), rejects_path=rejects)
+    return _Prepared(directory, family, data)
+
+
+def _count_parameters(prepared: _Prepared, lora: LoraConfig) -> ParameterCount:
+    from lorasmith.model.load import read_model_config
+    from lorasmith.train.estimate import count_parameters
+
+    return count_parameters(read_model_config(prepared.directory), lora, prepared.family.target_modules)
+
+
+def _loader(examples: Sequence[Example], train: TrainConfig) -> Loader:
+    from lorasmith.data.loader import Loader
+
+    return Loader(
+        examples,
+        batch_size=train.batch_size,
+        max_tokens=train.max_tokens,
+        seed=train.seed,
+        shuffle=train.shuffle,
+    )
+
+
+def _one_pass(examples: Sequence[Example], max_tokens: int) -> tuple[Batch, ...]:
+    """All examples in their order, as flat rows."""
+    from lorasmith.data.loader import Loader
+
+    if not examples:
+        return ()
+    everything = Loader(examples, batch_size=len(examples), max_tokens=max_tokens, seed=0, shuffle=False)
+    return everything.step(0)
+
+
+def _examples_of(data: Dataset | Sequence[Example]) -> tuple[Sequence[Example], Sequence[Example]]:
+    """Training and held-out examples. Raises: DataError if there is nothing to train on."""
+    from lorasmith.data.dataset import Dataset
+
+    examples, held_out = (data.examples, data.held_out) if isinstance(data, Dataset) else (data, ())
+    silent = [example.origin for example in examples if example.num_targets == 0]
+    if silent:
+        raise DataError(
+            f"{len(silent)} examples have nothing to learn: every label is masked",
+            where=", ".join(silent[:10]),
+            fix="leave them out, or label their answers",
+        )
+    return examples, held_out
+
+
+def _chat_settings(model: Model, system: str | None) -> ChatSettings:
+    from lorasmith.train.run_dir import ChatSettings
+
+    return ChatSettings(model.source, model.family.name, model.chat_format.name, system)
+
+
+def _absolute(path_or_repo: str) -> str:
+    """A run outlives the working directory it was started from; hub names stay as they are."""
+    path = Path(path_or_repo)
+    return str(path.resolve()) if path.is_dir() else path_or_repo

@@ -1,0 +1,110 @@
+"""lorasmith train: a recipe, flags over it, and what came out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from lorasmith.api import Plan, Run
+    from lorasmith.config import RunConfig
+    from lorasmith.data.dataset import Dataset
+
+
+def train(
+    config: Annotated[Path | None, typer.Argument(help="A recipe in YAML; flags go over it.")] = None,
+    model: Annotated[str | None, typer.Option(help="Base model: a directory or a hub name.")] = None,
+    data: Annotated[str | None, typer.Option(help="Training rows: a file or a hub data set.")] = None,
+    output_dir: Annotated[str | None, typer.Option("--output-dir", "-o", help="Run directory.")] = None,
+    family: Annotated[str | None, typer.Option(help="Family, if config.json does not tell.")] = None,
+    hub: Annotated[str | None, typer.Option(help="huggingface or modelscope.")] = None,
+    on_bad_row: Annotated[str | None, typer.Option(help="error, or skip (writes rejects.jsonl).")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any key of the config: train.learning_rate=2e-4."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest good checkpoint.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it would do; read no weights.")
+    ] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")] = False,
+) -> None:
+    """Fine-tune a LoRA adapter."""
+    from lorasmith import api
+
+    flags = {
+        "model.path": model,
+        "model.family": family,
+        "model.hub": hub,
+        "data.train": data,
+        "data.on_bad_row": on_bad_row,
+        "train.output_dir": output_dir,
+    }
+    recipe = _read(config, flags, set_ or [], resume)
+    if dry_run:
+        plan = api.plan(recipe)
+        typer.echo(json.dumps(asdict(plan)) if json_ else describe_plan(recipe, plan))
+        return
+    if json_:
+        from lorasmith.train.progress import SilentReporter
+
+        run = api.run(recipe, resume=resume, reporter=SilentReporter())
+        typer.echo(json.dumps(asdict(run), default=str))
+        return
+    typer.echo(describe_run(api.run(recipe, resume=resume, on_data=say_data)))
+
+
+def say_data(data: Dataset) -> None:
+    report = data.report
+    typer.echo(
+        f"data: {len(data.examples):,} rows to train on"
+        f"{f', {len(data.held_out):,} held out' if data.held_out else ''} ({report.format}: {report.format_reason})"
+    )
+    for warning in data.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+
+
+def describe_plan(recipe: RunConfig, plan: Plan) -> str:
+    parameters, memory = plan.parameters, plan.memory
+    return "\n".join(
+        [
+            f"model       {recipe.model.path} (family {plan.family}, {plan.dtype})",
+            f"data        {plan.num_examples:,} rows, {plan.tokens_per_epoch:,} tokens an epoch, "
+            f"{plan.targets_per_epoch:,} of them trained; {plan.num_held_out:,} rows held out",
+            f"steps       {plan.total_steps:,} of {recipe.train.batch_size} conversations",
+            f"parameters  {parameters.trainable:,} of {parameters.total:,} train "
+            f"({parameters.trainable / parameters.total:.4%})",
+            f"memory      about {memory.total / 1e9:.1f} GB: weights {memory.weights / 1e9:.1f}, "
+            f"adapter {memory.adapter / 1e9:.2f}, activations {memory.activations / 1e9:.2f}",
+        ]
+    )
+
+
+def describe_run(run: Run) -> str:
+    lines = []
+    if run.eval_loss_before is not None and run.eval_loss_after is not None:
+        lines.append(f"held-out loss {run.eval_loss_before:.4f} -> {run.eval_loss_after:.4f}")
+    return "\n".join(
+        [
+            *lines,
+            f"adapter  {run.output_dir}  (after {run.step:,} steps; loss picture: {run.output_dir / 'loss.png'})",
+            f"next     lorasmith chat {run.output_dir}",
+        ]
+    )
+
+
+def _read(config: Path | None, flags: dict[str, Any], sets: list[str], resume: bool) -> RunConfig:
+    """The recipe with flags over it; a resume with nothing but its directory takes the run's own config."""
+    from lorasmith.config import load_run_config, parse_override
+
+    overrides = {key: value for key, value in flags.items() if value is not None}
+    overrides.update(parse_override(text) for text in sets)
+    directory = overrides.get("train.output_dir")
+    if resume and config is None and directory:
+        own = Path(directory) / "config.yaml"
+        config = own if own.exists() else None
+    return load_run_config(config, overrides)

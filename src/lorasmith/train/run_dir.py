@@ -1,0 +1,130 @@
+"""A run directory: new, one to go on with, or one to read. It is itself a PEFT adapter directory."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lorasmith.config import RunConfig, to_yaml
+from lorasmith.errors import CheckpointError, SetupError
+from lorasmith.hub.files import read_json, read_json_if_there
+from lorasmith.model.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from lorasmith.train.checkpoint import checkpoint_dir, damage, list_checkpoints, newest_checkpoint
+from lorasmith.train.progress import Reporter
+from lorasmith.train.storage import Storage
+
+CONFIG_FILE = "config.yaml"
+CHAT_FORMAT_FILE = "chat_format.json"
+
+
+@dataclass(frozen=True)
+class ChatSettings:
+    """What chat, serve and merge need to know of a run: the content of chat_format.json."""
+
+    base: str
+    """The base model: a hub name or a directory."""
+    family: str
+    chat_format: str
+    system: str | None
+
+
+def open_run_dir(storage: Storage, run_dir: Path, *, resume: bool, reporter: Reporter) -> Path | None:
+    """Make the directory; returns the checkpoint to go on from, or None to start at step 0.
+
+    Raises: SetupError if a run lies there and `resume` was not asked for; CheckpointError if it was, and
+    none of the checkpoints verifies: a run never starts from scratch in silence.
+    """
+    if resume:
+        return _checkpoint_to_resume(storage, run_dir, reporter)
+    if (run_dir / CONFIG_FILE).exists() or list_checkpoints(run_dir):
+        raise SetupError(
+            "there is a run in this directory already",
+            where=str(run_dir),
+            fix="go on with it by --resume, or choose another train.output_dir",
+        )
+    storage.make_dir(run_dir)
+    return None
+
+
+def _checkpoint_to_resume(storage: Storage, run_dir: Path, reporter: Reporter) -> Path | None:
+    checkpoint, skipped = newest_checkpoint(run_dir)
+    for path, problem in skipped.items():
+        reporter.note(f"passing over {path.name}: {problem}")
+    if checkpoint is None and skipped:
+        raise CheckpointError(
+            "no checkpoint of this run can be trusted",
+            where=str(run_dir),
+            why="; ".join(f"{path.name}: {problem}" for path, problem in skipped.items()),
+            fix="start again in a new train.output_dir",
+        )
+    if checkpoint is None:
+        reporter.note(f"nothing to resume in {run_dir}: starting at step 0")
+        storage.make_dir(run_dir)
+    else:
+        reporter.note(f"going on from {checkpoint.name}")
+    return checkpoint
+
+
+def write_settings(storage: Storage, run_dir: Path, config: RunConfig, chat: ChatSettings | None) -> None:
+    """config.yaml, resolved, and chat_format.json; a bare module has no chat format."""
+    storage.replace(run_dir / CONFIG_FILE, to_yaml(config).encode())
+    if chat is not None:
+        text = json.dumps(asdict(chat), indent=2, ensure_ascii=False) + "\n"
+        storage.replace(run_dir / CHAT_FORMAT_FILE, text.encode())
+
+
+def is_adapter_dir(path: Path) -> bool:
+    """A run, finished or not, or any PEFT adapter directory."""
+    return any((path / name).exists() for name in (ADAPTER_CONFIG, CHAT_FORMAT_FILE))
+
+
+def read_chat_settings(path: Path) -> ChatSettings:
+    """Of a run; an adapter from elsewhere says only its base model.
+
+    Raises: SetupError if the base model is not named.
+    """
+    if (path / CHAT_FORMAT_FILE).exists():
+        return ChatSettings(**read_json(path / CHAT_FORMAT_FILE))
+    base = read_json_if_there(path / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not base:
+        raise SetupError(
+            "this adapter does not say which base model it belongs to",
+            where=str(path / ADAPTER_CONFIG),
+            fix="give the base model's directory, and the adapter with --adapter",
+        )
+    return ChatSettings(base=base, family="auto", chat_format="official", system=None)
+
+
+def adapter_of(path: Path, checkpoint: int | None) -> Path:
+    """The directory with the adapter's files: a checkpoint of the run, else its result.
+
+    Raises: CheckpointError if that checkpoint is absent or damaged, or the run has no adapter yet.
+    """
+    if checkpoint is not None:
+        return _chosen_checkpoint(path, checkpoint)
+    if (path / ADAPTER_WEIGHTS).exists():
+        return path
+    newest, _ = newest_checkpoint(path)
+    if newest is None:
+        raise CheckpointError(
+            "this run has no adapter yet",
+            where=str(path),
+            fix="go on with it: lorasmith train --resume with its config.yaml",
+        )
+    return newest
+
+
+def _chosen_checkpoint(path: Path, step: int) -> Path:
+    chosen = checkpoint_dir(path, step)
+    if not chosen.exists():
+        there = [found.name for found in list_checkpoints(path)]
+        raise CheckpointError(
+            f"there is no checkpoint of step {step}",
+            where=str(path),
+            fix=f"there are: {', '.join(there)}" if there else "this run kept none",
+        )
+    problem = damage(chosen)
+    if problem is not None:
+        raise CheckpointError(f"{chosen.name} is damaged", where=str(chosen), why=problem)
+    return chosen

@@ -1,0 +1,124 @@
+"""Session: a run directory, a module with its adapter, and the loop, put together and checked."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from lorasmith.config import RunConfig
+from lorasmith.errors import ConfigError, DataError
+from lorasmith.model.adapter import attach_lora
+from lorasmith.model.dropout import DropoutClock
+from lorasmith.model.load import module_dtype
+from lorasmith.train.loop import Fit, FitResult, StepSource
+from lorasmith.train.progress import Reporter
+from lorasmith.train.run_dir import ChatSettings, open_run_dir, write_settings
+from lorasmith.train.storage import Storage
+
+_DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_NOT_THE_RESULT = {"output_dir", "max_tokens", "logging_steps", "save_steps", "save_total_limit"}
+"""Keys of TrainConfig that a resume may change: they do not touch the adapter that comes out."""
+
+
+class Session:
+    """Everything a run needs before its first step; `run` may be called once.
+
+    Raises: SetupError, CheckpointError for the directory; ConfigError for the adapter; DataError for
+    token ids that the model does not have.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        source: StepSource,
+        config: RunConfig,
+        *,
+        family_targets: Sequence[str] | None,
+        chat: ChatSettings | None,
+        data_fingerprint: str,
+        largest_id: int,
+        resume: bool,
+        reporter: Reporter,
+        storage: Storage,
+    ) -> None:
+        base = _untuned(module)
+        _require_ids(base, largest_id)
+        self.run_dir = Path(config.train.output_dir)
+        self.config = _resolved(config, base)
+        self._source, self._reporter, self._storage = source, reporter, storage
+        self._resume_from = open_run_dir(storage, self.run_dir, resume=resume, reporter=reporter)
+        self._fingerprints = {
+            "config": _config_fingerprint(self.config),
+            "data": data_fingerprint,
+            "base": _base_fingerprint(base),
+        }
+        self._clock = DropoutClock(config.train.seed)
+        self.model = attach_lora(
+            base,
+            config.lora,
+            family_targets=family_targets,
+            base_name=chat.base if chat else base.name_or_path,
+            clock=self._clock,
+        )
+        write_settings(storage, self.run_dir, self.config, chat)
+
+    def run(self, held_out_loss: Callable[[], float] | None) -> FitResult:
+        fit = Fit(
+            self.model,
+            self._source,
+            self.config.train,
+            run_dir=self.run_dir,
+            clock=self._clock,
+            fingerprints=self._fingerprints,
+            held_out_loss=held_out_loss,
+            reporter=self._reporter,
+            storage=self._storage,
+            resume_from=self._resume_from,
+        )
+        return fit.run()
+
+
+def _untuned(module: nn.Module) -> PreTrainedModel:
+    if not isinstance(module, PreTrainedModel):
+        raise ConfigError(
+            f"training starts from a base model, not from a {type(module).__name__}",
+            why="this one carries an adapter already",
+            fix="load the base model again; lora.init_from goes on from an adapter",
+        )
+    return module
+
+
+def _require_ids(base: PreTrainedModel, largest_id: int) -> None:
+    rows = base.get_input_embeddings().weight.shape[0]
+    if largest_id >= rows:
+        raise DataError(
+            f"the data has token id {largest_id}, the model only {rows} rows of embeddings",
+            why="the tokenizer belongs to another model",
+            fix="use the tokenizer files that came with this model",
+        )
+
+
+def _resolved(config: RunConfig, base: PreTrainedModel) -> RunConfig:
+    """The config with nothing left to guess, as config.yaml records it."""
+    dtype = _DTYPE_NAMES.get(module_dtype(base), config.model.dtype)
+    model = config.model.model_copy(update={"dtype": dtype, "device": str(base.device)})
+    return config.model_copy(update={"model": model})
+
+
+def _config_fingerprint(config: RunConfig) -> str:
+    relevant = (config.lora, config.train.model_dump(exclude=_NOT_THE_RESULT), config.model.dtype)
+    return hashlib.sha256(repr(relevant).encode()).hexdigest()
+
+
+def _base_fingerprint(base: PreTrainedModel) -> str:
+    """Names, shapes and the first values of every parameter: cheap at any size, and blind to the path."""
+    digest = hashlib.sha256()
+    for name, parameter in base.named_parameters():
+        head = parameter.detach().flatten()[:16].float().cpu().numpy().tobytes()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode() + head)
+    return digest.hexdigest()
