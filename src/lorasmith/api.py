@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     from lorasmith.data.loader import Loader
     from lorasmith.families.base import Family
     from lorasmith.model.model import Model
-    from lorasmith.train.estimate import MemoryEstimate, ParameterCount
-    from lorasmith.train.progress import Reporter
-    from lorasmith.train.run_dir import ChatSettings
-    from lorasmith.train.storage import Storage
+    from lorasmith.training.estimate import MemoryEstimate, ParameterCount
+    from lorasmith.training.progress import Reporter
+    from lorasmith.training.run_dir import ChatSettings
+    from lorasmith.training.storage import Storage
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def load_model(
     """
     from lorasmith.families.opening import open_chat
     from lorasmith.model.model import Model
-    from lorasmith.train.run_dir import ChatSettings, adapter_of, is_adapter_dir, read_chat_settings
+    from lorasmith.training.run_dir import ChatSettings, adapter_of, is_adapter_dir, read_chat_settings
 
     run = Path(path_or_repo)
     chat = ChatSettings(path_or_repo, family, chat_format or "official", None)
@@ -185,11 +185,11 @@ def train(
     StorageError.
     """
     from lorasmith.data.dataset import fingerprint
-    from lorasmith.evaluate.loss import held_out_loss
+    from lorasmith.evaluation.loss import held_out_loss
     from lorasmith.model.model import Model
-    from lorasmith.train.progress import default_reporter
-    from lorasmith.train.session import Session
-    from lorasmith.train.storage import Storage
+    from lorasmith.training.progress import default_reporter
+    from lorasmith.training.session import Session
+    from lorasmith.training.storage import Storage
 
     lora, train = lora or LoraConfig(), train or TrainConfig()
     train = train.model_copy(update={"output_dir": str(output_dir)})
@@ -263,8 +263,8 @@ def plan(config: RunConfig) -> Plan:
     """What `run` would do and need: reads the data, config.json and the tokenizer, never the weights."""
     from lorasmith.model.dtype import resolve_device, resolve_dtype
     from lorasmith.model.load import hidden_size, read_model_config
-    from lorasmith.train.estimate import estimate_memory
-    from lorasmith.train.loop import total_steps
+    from lorasmith.training.estimate import estimate_memory
+    from lorasmith.training.loop import total_steps
 
     prepared = _prepare(config)
     parameters = _count_parameters(prepared, config.lora)
@@ -315,7 +315,7 @@ def generate(
 
 def evaluate(model: Model, data: Dataset | Sequence[Example], *, max_tokens: int = 4096) -> Evaluation:
     """Loss and perplexity over rows: a data set's held-out rows where it has some, else all of them."""
-    from lorasmith.evaluate.loss import held_out_loss
+    from lorasmith.evaluation.loss import held_out_loss
 
     examples, held_out = _examples_of(data)
     batches = _one_pass(held_out or examples, max_tokens)
@@ -349,7 +349,7 @@ def _prepare(config: RunConfig) -> _Prepared:
 
 def _count_parameters(prepared: _Prepared, lora: LoraConfig) -> ParameterCount:
     from lorasmith.model.load import read_model_config
-    from lorasmith.train.estimate import count_parameters
+    from lorasmith.training.estimate import count_parameters
 
     return count_parameters(read_model_config(prepared.directory), lora, prepared.family.target_modules)
 
@@ -392,7 +392,7 @@ def _examples_of(data: Dataset | Sequence[Example]) -> tuple[Sequence[Example], 
 
 
 def _chat_settings(model: Model, system: str | None) -> ChatSettings:
-    from lorasmith.train.run_dir import ChatSettings
+    from lorasmith.training.run_dir import ChatSettings
 
     return ChatSettings(model.source, model.family.name, model.chat_format.name, system)
 

@@ -50,7 +50,7 @@ def train(
         typer.echo(json.dumps(asdict(plan)) if json_ else describe_plan(recipe, plan))
         return
     if json_:
-        from lorasmith.train.progress import SilentReporter
+        from lorasmith.training.progress import SilentReporter
 
         run = api.run(recipe, resume=resume, reporter=SilentReporter())
         typer.echo(json.dumps(asdict(run), default=str))
@@ -60,10 +60,8 @@ def train(
 
 def say_data(data: Dataset) -> None:
     report = data.report
-    typer.echo(
-        f"data: {len(data.examples):,} rows to train on"
-        f"{f', {len(data.held_out):,} held out' if data.held_out else ''} ({report.format}: {report.format_reason})"
-    )
+    held_out = f", {len(data.held_out):,} held out" if data.held_out else ""
+    typer.echo(f"data: {len(data):,} rows to train on{held_out} ({report.format}: {report.format_reason})")
     for warning in data.warnings:
         typer.echo(f"warning: {warning}", err=True)
 
@@ -91,7 +89,8 @@ def describe_run(run: Run) -> str:
     return "\n".join(
         [
             *lines,
-            f"adapter  {run.output_dir}  (after {run.step:,} steps; loss picture: {run.output_dir / 'loss.png'})",
+            f"adapter  {run.output_dir}  (after {run.step:,} steps)",
+            f"losses   {run.output_dir / 'loss.png'}",
             f"next     lorasmith chat {run.output_dir}",
         ]
     )

@@ -53,7 +53,7 @@ def read_model_config(directory: Path) -> PretrainedConfig:
 def empty_module(config: PretrainedConfig) -> PreTrainedModel:
     """The module without memory (meta device): names, shapes and counts of parameters."""
     with torch.device("meta"):
-        module: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        module: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return module
 
 
@@ -70,7 +70,6 @@ def load_base(
                 directory,
                 config=config,
                 dtype=dtype,
-                attn_implementation="sdpa",
                 trust_remote_code=False,
                 local_files_only=True,
                 output_loading_info=True,

@@ -16,7 +16,7 @@ from lorasmith.model.adapter import adapter_files, restore_adapter, trainable_pa
 from lorasmith.model.checkpointing import activation_checkpointing
 from lorasmith.model.dropout import DropoutClock
 from lorasmith.model.packed import packed_attention
-from lorasmith.train.checkpoint import (
+from lorasmith.training.checkpoint import (
     TrainState,
     checkpoint_dir,
     prune,
@@ -25,12 +25,12 @@ from lorasmith.train.checkpoint import (
     restore,
     save_checkpoint,
 )
-from lorasmith.train.metrics import MetricsLog, read_metrics
-from lorasmith.train.picture import draw_losses
-from lorasmith.train.progress import Reporter, StepLine
-from lorasmith.train.schedule import learning_rate
-from lorasmith.train.step import StepResult, train_step
-from lorasmith.train.storage import Storage
+from lorasmith.training.metrics import MetricsLog, read_metrics
+from lorasmith.training.picture import draw_losses
+from lorasmith.training.progress import Reporter, StepLine
+from lorasmith.training.schedule import learning_rate
+from lorasmith.training.step import StepResult, train_step
+from lorasmith.training.storage import Storage
 from lorasmith.types import Batch
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 
 from lorasmith.errors import CheckpointError
 from lorasmith.model.adapter import adapter_files, restore_adapter, trainable_parameters
-from lorasmith.train.storage import Storage
+from lorasmith.training.storage import Storage
 
 FORMAT = 1
 _MANIFEST, _STATE, _OPTIMIZER = "MANIFEST.json", "state.json", "optimizer.safetensors"

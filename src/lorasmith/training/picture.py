@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lorasmith.train.storage import Storage
+from lorasmith.training.storage import Storage
 
 LOSS_PICTURE = "loss.png"
 

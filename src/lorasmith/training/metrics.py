@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from lorasmith.train.storage import Storage
+from lorasmith.training.storage import Storage
 
 METRICS_FILE = "metrics.jsonl"
 

@@ -10,9 +10,9 @@ from lorasmith.config import RunConfig, to_yaml
 from lorasmith.errors import CheckpointError, SetupError
 from lorasmith.hub.files import read_json, read_json_if_there
 from lorasmith.model.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from lorasmith.train.checkpoint import checkpoint_dir, damage, list_checkpoints, newest_checkpoint
-from lorasmith.train.progress import Reporter
-from lorasmith.train.storage import Storage
+from lorasmith.training.checkpoint import checkpoint_dir, damage, list_checkpoints, newest_checkpoint
+from lorasmith.training.progress import Reporter
+from lorasmith.training.storage import Storage
 
 CONFIG_FILE = "config.yaml"
 CHAT_FORMAT_FILE = "chat_format.json"

@@ -15,10 +15,10 @@ from lorasmith.errors import ConfigError, DataError
 from lorasmith.model.adapter import attach_lora
 from lorasmith.model.dropout import DropoutClock
 from lorasmith.model.load import module_dtype
-from lorasmith.train.loop import Fit, FitResult, StepSource
-from lorasmith.train.progress import Reporter
-from lorasmith.train.run_dir import ChatSettings, open_run_dir, write_settings
-from lorasmith.train.storage import Storage
+from lorasmith.training.loop import Fit, FitResult, StepSource
+from lorasmith.training.progress import Reporter
+from lorasmith.training.run_dir import ChatSettings, open_run_dir, write_settings
+from lorasmith.training.storage import Storage
 
 _DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _NOT_THE_RESULT = {"output_dir", "max_tokens", "logging_steps", "save_steps", "save_total_limit"}

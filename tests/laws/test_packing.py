@@ -1,0 +1,142 @@
+"""Laws 1, 2 and 3: packing, sharing a prefix and cutting a step change neither loss nor gradients, and no
+conversation sees another."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from modules import KINDS, examples, tiny_module
+
+from lorasmith.config import LoraConfig
+from lorasmith.data.pack import lay_out, pack_rows
+from lorasmith.evaluation.loss import held_out_loss
+from lorasmith.model.adapter import attach_lora, trainable_parameters
+from lorasmith.model.dropout import DropoutClock
+from lorasmith.model.packed import packed_attention, takes_layout, target_logits, to_device
+from lorasmith.training.step import accumulate_gradients
+from lorasmith.types import IGNORE_INDEX, Batch, Example, Layout
+
+
+def tuned(kind, dropout=0.0):
+    clock = DropoutClock(seed=3)
+    config = LoraConfig(r=4, lora_dropout=dropout, init_lora_weights=False)
+    model = attach_lora(tiny_module(kind), config, family_targets=None, base_name=kind, clock=clock)
+    return model.double().train(), clock
+
+
+def loss_and_gradients(model, clock, batches):
+    num_targets = sum(batch.num_targets for batch in batches)
+    with packed_attention(model):
+        loss = accumulate_gradients(model, batches, num_targets, clock)
+    gradients = {name: p.grad.clone() for name, p in trainable_parameters(model).items()}
+    model.zero_grad()
+    return loss, gradients
+
+
+def assert_same(left, right, tolerance=1e-10):
+    """Gradients relative to the largest of their tensor."""
+    assert left[0] == pytest.approx(right[0], abs=1e-10)
+    for name, gradient in left[1].items():
+        error = (gradient - right[1][name]).abs().max() / gradient.abs().max()
+        assert error <= tolerance, (name, error)
+
+
+def plain_loss(model, rows):
+    """The loss as a textbook has it: one conversation at a time through the stock module, no Layout."""
+    total, count = 0.0, 0
+    for row in rows:
+        logits = model(input_ids=torch.from_numpy(row.input_ids)[None]).logits[0].double()
+        keep = torch.from_numpy(row.labels) != IGNORE_INDEX
+        labels = torch.from_numpy(row.labels)[keep]
+        total += torch.nn.functional.cross_entropy(logits[keep], labels, reduction="sum")
+        count += len(labels)
+    return total / count
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_packed_row_is_its_conversations_one_by_one(kind):
+    model, clock = tuned(kind)
+    rows = examples()
+    packed = loss_and_gradients(model, clock, [lay_out(rows)])
+    loss = plain_loss(model, rows)
+    loss.backward()
+    gradients = {name: p.grad for name, p in trainable_parameters(model).items()}
+    assert_same(packed, (loss.item(), gradients))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_cutting_a_step_into_rows_changes_nothing(kind, dropout):
+    if dropout and not takes_layout(tiny_module(kind)):
+        pytest.skip("one conversation at a time: masks follow the conversation, not the row")
+    model, clock = tuned(kind, dropout)
+    rows = examples(8)
+    whole = loss_and_gradients(model, clock, [lay_out(rows)])
+    batches, offset = [], 0
+    for indices in pack_rows([len(row) for row in rows], 30):
+        batches.append(lay_out([rows[i] for i in indices], offset))
+        offset += len(batches[-1].input_ids)
+    assert len(batches) > 2
+    assert_same(whole, loss_and_gradients(model, clock, batches))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "gemma2"])
+def test_a_shared_prefix_is_computed_once_and_nothing_changes(kind):
+    model, clock = tuned(kind)
+    rows = examples(5, prefix=6)
+    rows = [
+        Example(
+            r.input_ids,
+            np.where(np.arange(len(r)) < 6, rows[0].labels[:6].tolist() + [0] * (len(r) - 6), r.labels),
+        )
+        for r in rows
+    ]
+    apart = loss_and_gradients(model, clock, [lay_out(rows)])
+    # transformers' RMSNorm computes in fp32 whatever the module's dtype, so sums of gradients round there
+    assert_same(apart, loss_and_gradients(model, clock, [shared_prefix(rows, 6)]), tolerance=1e-6)
+
+
+def shared_prefix(rows, length):
+    """One parent segment that all rows continue; its losses count once for each of them."""
+    tails = [np.arange(length, len(row)) for row in rows]
+    lengths = [length, *(len(tail) for tail in tails)]
+    return Batch(
+        input_ids=np.concatenate([rows[0].input_ids[:length], *(r.input_ids[length:] for r in rows)]),
+        labels=np.concatenate([rows[0].labels[:length], *(r.labels[length:] for r in rows)]),
+        weights=np.repeat([len(rows), *([1] * len(rows))], lengths).astype(np.float32),
+        layout=Layout(
+            starts=np.concatenate([[0], np.cumsum(lengths)]),
+            parents=np.array([-1, *([0] * len(rows))]),
+            position_ids=np.concatenate([np.arange(length), *tails]),
+        ),
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_token_moves_when_another_conversation_in_the_row_changes(kind):
+    module = tiny_module(kind)
+    rows, others = examples(4), examples(4, seed=1)
+    size = len(rows[1])
+    changed = [others[0], rows[1], others[2], others[3]]
+    with torch.no_grad(), packed_attention(module):
+        before, after = (
+            target_logits(module, to_device(lay_out(r), torch.device("cpu"))) for r in (rows, changed)
+        )
+    own = [(r[0].num_targets, r[0].num_targets + r[1].num_targets) for r in (rows, changed)]
+    assert size > 0
+    torch.testing.assert_close(before[slice(*own[0])], after[slice(*own[1])], atol=1e-12, rtol=0)
+    assert not torch.allclose(before[: own[0][0]][:1], after[: own[1][0]][:1]), "the control did not change"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_held_out_loss_is_the_mean_over_all_targets(kind):
+    module = tiny_module(kind)
+    rows, attention = examples(7), module.config._attn_implementation
+    batches = [lay_out(rows[:2]), lay_out(rows[2:])]
+    assert held_out_loss(module, batches) == pytest.approx(plain_loss(module, rows).item(), abs=1e-10)
+    assert module.config._attn_implementation == attention, "the module generates as before"
+
+
+def test_gemma2_does_not_take_a_layout():
+    assert [takes_layout(tiny_module(kind)) for kind in KINDS] == [True, True, True, False]
