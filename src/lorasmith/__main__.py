@@ -1,0 +1,3 @@
+from lorasmith.cli.main import main
+
+main()
