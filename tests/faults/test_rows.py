@@ -131,33 +131,19 @@ def test_each_bad_array_element_is_told_with_its_line_and_the_others_go_on(
     assert sum(isinstance(row, Record) and row.origin == "rows.json:5" for row in read_records(path)) == 1
 
 
+USER, ANSWER, SYSTEM = (
+    f'{{"role": "{role}", "content": "text"}}' for role in ("user", "assistant", "system")
+)
 CHATS = [
-    ('[{"role": "assistant", "content": "a"}]', "starts-with-answer"),
-    ('[{"role": "assistant", "content": "a"}, {"role": "user", "content": "q"}]', "starts-with-answer"),
-    ('[{"role": "user", "content": "q"}]', "no-answer"),
-    ('[{"role": "system", "content": "s"}]', "no-answer"),
-    (
-        '[{"role": "user", "content": "q"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]',
-        "same-role-twice",
-    ),
-    (
-        '[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}, '
-        '{"role": "assistant", "content": "a"}]',
-        "same-role-twice",
-    ),
-    (
-        '[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}, {"role": "user", "content": "q"}]',
-        "ends-with-question",
-    ),
-    (
-        '[{"role": "user", "content": "q"}, {"role": "system", "content": "s"}, {"role": "assistant", "content": "a"}]',
-        "system-not-first",
-    ),
-    (
-        '[{"role": "system", "content": "s"}, {"role": "system", "content": "t"}, {"role": "user", "content": "q"}, '
-        '{"role": "assistant", "content": "a"}]',
-        "system-not-first",
-    ),
+    (f"[{ANSWER}]", "starts-with-answer"),
+    (f"[{ANSWER}, {USER}]", "starts-with-answer"),
+    (f"[{USER}]", "no-answer"),
+    (f"[{SYSTEM}]", "no-answer"),
+    (f"[{USER}, {USER}, {ANSWER}]", "same-role-twice"),
+    (f"[{USER}, {ANSWER}, {ANSWER}]", "same-role-twice"),
+    (f"[{USER}, {ANSWER}, {USER}]", "ends-with-question"),
+    (f"[{USER}, {SYSTEM}, {ANSWER}]", "system-not-first"),
+    (f"[{SYSTEM}, {SYSTEM}, {USER}, {ANSWER}]", "system-not-first"),
     ('[{"role": "narrator", "content": "a"}]', "unknown-role"),
     ('[{"role": "User", "content": "a"}]', "unknown-role"),
     ('[{"role": 5, "content": "a"}]', "wrong-type"),

@@ -37,7 +37,7 @@ def open_source(path: Path, limits: Limits) -> Iterator[io.BufferedReader[Any]]:
     """
     _refuse_other_than_file(path)
     try:
-        file = path.open("rb", buffering=_CHUNK_BYTES)
+        file = io.BufferedReader(io.FileIO(path), _CHUNK_BYTES)
     except OSError as error:
         raise DataError(f"cannot read {path}", why=str(error.strerror), fix="check its permissions") from None
     with file:
