@@ -9,9 +9,13 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from lorasmith.data.conversation import RowRules, to_conversation
 from lorasmith.data.records import BadRow, Record, read_records
@@ -202,6 +206,7 @@ DAMAGED_FILES = {
     "empty array": (b"[ ]", "has no rows"),
     "cut array": (f"[{GOOD},\n{GOOD[:20]}".encode(), r"rows\.json:2"),
     "array without end": (f"[{GOOD},\n{GOOD}".encode(), r"rows\.json:2"),
+    "one object over many lines": (b'{\n"data": []\n}', "one object, not rows"),
     "comma too many": (f"[{GOOD},\n{GOOD},\n]".encode(), r"rows\.json:3"),
     "comma missing": (f"[{GOOD}\n{GOOD}]".encode(), r"rows\.json:2"),
     "text behind the array": (f"[{GOOD}]\n{GOOD}".encode(), r"rows\.json:2"),
@@ -222,6 +227,47 @@ def test_a_damaged_file_is_refused_with_its_place(tmp_path: Path, content: bytes
     with pytest.raises(DataError, match=message) as caught:
         list(read_records(path, limits=Limits(max_row_bytes=100_000)))
     assert caught.value.fix or "array" in caught.value.what
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.lists(JSON_VALUES, min_size=1, max_size=6),
+    indent=st.sampled_from([None, 1]),
+    ascii_only=st.booleans(),
+)
+def test_any_json_is_read_as_it_stands_or_told(
+    tmp_path: Path, rows: list[Any], indent: int | None, ascii_only: bool
+) -> None:
+    lines, array = tmp_path / "rows.jsonl", tmp_path / "rows.json"
+    rows = [{"first": "row"}, *rows]  # a .jsonl that begins with a list may be a misnamed array
+    write(lines, *[json.dumps(row, ensure_ascii=ascii_only) for row in rows])
+    array.write_text(json.dumps(rows, ensure_ascii=ascii_only, indent=indent), encoding="utf-8")
+    for path in (lines, array):
+        read = list(read_records(path))
+        assert len(read) == len(rows)
+        assert len({row.origin for row in read}) == len(rows)
+        assert all(
+            isinstance(told, BadRow) or told.fields == row for told, row in zip(read, rows, strict=True)
+        )
+    assert [row.origin.split(":")[1] for row in read_records(lines)] == [str(n + 1) for n in range(len(rows))]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(damage=st.binary(min_size=1, max_size=12), place=st.integers(0, 180))
+def test_no_damage_ends_in_anything_but_a_told_error(tmp_path: Path, damage: bytes, place: int) -> None:
+    sound = f"[{GOOD},\n{GOOD},\n{GOOD}]".encode()
+    for name in ("rows.json", "rows.jsonl", "rows.csv"):
+        path = tmp_path / name
+        path.write_bytes(sound[:place] + damage + sound[place:])
+        with suppress(DataError):
+            assert all(row.origin.startswith(f"{name}:") for row in read_records(path))
 
 
 def test_a_cut_last_line_is_told_as_cut(tmp_path: Path) -> None:

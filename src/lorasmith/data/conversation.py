@@ -220,9 +220,9 @@ def _turn(turn: Any, name: str) -> Message:
 def _system_of(fields: Mapping[str, Any], messages: Turns, rules: RowRules) -> str | None:
     own = _text(fields, "system", default="")
     has_turn = any(message.role == "system" for message in messages)
-    if own and has_turn:
+    if own.strip() and has_turn:
         raise RowFault("two-systems", head(own, "system"), "keep the system turn or the column, not both")
-    return None if has_turn else own or rules.system
+    return None if has_turn else own if own.strip() else rules.system
 
 
 def _text(fields: Mapping[str, Any], key: str, name: str = "", *, default: str | None = None) -> str:

@@ -13,7 +13,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from lorasmith.data.source import Limits, bounded_lines, guess_encoding, not_utf8, open_source, text_chunks
+from lorasmith.data.source import (
+    DEFAULT_LIMITS,
+    Limits,
+    bounded_lines,
+    guess_encoding,
+    not_utf8,
+    open_source,
+    text_chunks,
+)
 from lorasmith.data.strict_json import BrokenArray, JsonFault, array_elements, parse_line, row_too_long
 from lorasmith.errors import DataError, SetupError
 
@@ -47,7 +55,7 @@ class BadRow:
 Row: TypeAlias = Record | BadRow
 
 
-def read_records(path: Path, *, limits: Limits = Limits()) -> Iterator[Row]:  # noqa: B008 (frozen)
+def read_records(path: Path, *, limits: Limits = DEFAULT_LIMITS) -> Iterator[Row]:
     """The rows of a .json (array or lines), .jsonl, .csv or .parquet file, also with .gz, one by one.
 
     A JSON row's place is the line it begins on; a Parquet row's place is its number.
@@ -95,9 +103,17 @@ def _rows_of(kind: str, stream: io.BufferedReader[Any], path: Path, limits: Limi
     if kind == ".parquet":
         return _read_parquet(stream, path, limits)
     start = stream.peek(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    # A .jsonl may hold list rows; only a list of objects is surely an array under the wrong name.
-    is_array = start.startswith(b"[") if kind == ".json" else re.match(rb"\[\s*\{", start)
+    if kind == ".json" and start.split(b"\n", 1)[0].strip() == b"{":
+        fix = "put the rows into one array, [{...}, {...}], or write one object per line"
+        raise DataError("the file holds one object, not rows", where=f"{path.name}:1", fix=fix)
+    is_array = start.startswith(b"[") if kind == ".json" else _is_misnamed_array(start)
     return _read_array(stream, path, limits) if is_array else _read_lines(stream, path, limits)
+
+
+def _is_misnamed_array(start: bytes) -> bool:
+    """A .jsonl that is an array of objects; a first line that is a whole list is just a bad row."""
+    first, _, rest = start.partition(b"\n")
+    return bool(re.match(rb"\[\s*(\{|$)", first)) and not (first.rstrip().endswith(b"]") and rest.strip())
 
 
 def _read_array(stream: io.BufferedReader[Any], path: Path, limits: Limits) -> Iterator[Row]:

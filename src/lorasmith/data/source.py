@@ -29,6 +29,9 @@ class Limits:
     free_expansion_bytes: int = 64 << 20
 
 
+DEFAULT_LIMITS = Limits()
+
+
 @contextmanager
 def open_source(path: Path, limits: Limits) -> Iterator[io.BufferedReader[Any]]:
     """The bytes of a data file, decompressed if its name ends in .gz.

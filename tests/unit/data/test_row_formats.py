@@ -71,6 +71,21 @@ def test_rows_on_one_line_of_an_array_are_told_apart_by_column(tmp_path: Path) -
     assert [row.origin for row in read_records(path)] == ["rows.json:1", "rows.json:1:14", "rows.json:2"]
 
 
+@pytest.mark.parametrize(
+    "array", ['[{"a": "1"},\n{"a": "2"}]', '[\n{"a": "1"}, {"a": "2"}]', '[{"a": "1"}, {"a": "2"}]']
+)
+def test_an_array_under_the_name_of_lines_is_read_as_an_array(tmp_path: Path, array: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(array)
+    assert [row.fields for row in read_records(path) if isinstance(row, Record)] == [{"a": "1"}, {"a": "2"}]
+
+
+def test_lines_under_the_name_of_an_array_are_read_as_lines(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text('{"a": "1"}\n{"a": "2"}\n')
+    assert [row.origin for row in read_records(path)] == ["rows.json:1", "rows.json:2"]
+
+
 @pytest.mark.parametrize("size", [1, 7, 64, 1000])
 def test_where_the_file_is_cut_into_chunks_changes_nothing(size: int) -> None:
     from lorasmith.data.strict_json import JsonFault, array_elements
