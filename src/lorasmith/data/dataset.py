@@ -27,8 +27,8 @@ from lorasmith.data.conversation import (
 )
 from lorasmith.data.encode import EncodeResult, encode_or_refuse, fit_length
 from lorasmith.data.records import KINDS, BadRow, Record, Row, bad_rows_error, read_records, table_rows
-from lorasmith.data.source import Limits
-from lorasmith.errors import DataError, SetupError, StorageError
+from lorasmith.data.source import DEFAULT_LIMITS
+from lorasmith.errors import ConfigError, DataError, SetupError, StorageError
 from lorasmith.types import Conversation, Example, Message
 
 _DETECTION_ROWS = 200
@@ -88,15 +88,11 @@ def load(
     extra is missing; StorageError if the rejects cannot be written.
     """
     max_length = config.max_length or model_max_length
-    rows = survey(config.train, config, chat_format, max_length=max_length)
-    own = (
-        survey(config.eval, config, chat_format, max_length=max_length)
-        if isinstance(config.eval, str)
-        else None
-    )
-    reports = [rows.report, own.report] if own else [rows.report]
+    sources = [config.train, config.eval] if isinstance(config.eval, str) else [config.train]
+    surveys = [survey(source, config, chat_format, max_length=max_length) for source in sources]
+    reports = [found.report for found in surveys]
     _settle_bad_rows(reports, config, rejects_path)
-    training, held_out = (rows, own) if own else _split_survey(rows, config.eval)
+    training, held_out = surveys if len(surveys) == 2 else _split_survey(surveys[0], config.eval)
     train_fit = _fit(training, max_length, config, purpose="train on")
     held_fit = _fit(held_out, max_length, config, purpose="hold out") if held_out else EncodeResult(())
     return Dataset(
@@ -104,11 +100,12 @@ def load(
         conversations=_still_there(training, train_fit),
         held_out=held_fit.examples,
         held_out_conversations=_still_there(held_out, held_fit) if held_out else (),
-        report=rows.report,
-        eval_report=own.report if own else None,
+        report=reports[0],
+        eval_report=reports[1] if len(reports) == 2 else None,
         dropped=train_fit.dropped + held_fit.dropped,
         truncated=train_fit.truncated + held_fit.truncated,
-        warnings=_warnings(reports, _leaked(training, held_out), train_fit, held_fit),
+        warnings=_beyond_model(config.max_length, model_max_length)
+        + _warnings(reports, _leaked(training, held_out), train_fit, held_fit),
     )
 
 
@@ -219,6 +216,8 @@ def _detect(records: Sequence[Record], config: DataConfig) -> Detection:
 
 
 def _open(source: str) -> Iterator[Row]:
+    if not source:
+        raise ConfigError("data.train names no rows", fix="--data FILE, or data.train in the recipe")
     path = Path(source)
     looks_like_file = path.exists() or any(kind in path.suffixes for kind in KINDS)
     if looks_like_file or not _HUB_NAME.fullmatch(source):
@@ -240,7 +239,7 @@ def _read_hub(name: str) -> Iterator[Row]:
     except (OSError, ValueError) as error:
         fix = "check the name and the network, or download its file and name that"
         raise SetupError(f"cannot get the hub data set {name}", why=str(error), fix=fix) from None
-    return table_rows(table, name, Limits())
+    return table_rows(table, name, DEFAULT_LIMITS)
 
 
 def _split_survey(rows: Survey, share: float | str | None) -> tuple[Survey, Survey | None]:
@@ -289,6 +288,12 @@ def _leaked(training: Survey, held_out: Survey | None) -> list[str]:
     """The held-out rows whose prompt is also trained on; only a held-out file of its own can have any."""
     known = {_hash_share(conversation) for conversation in training.conversations} if held_out else set()
     return [row.origin for row in held_out.conversations if _hash_share(row) in known] if held_out else []
+
+
+def _beyond_model(asked: int | None, model_max_length: int | None) -> tuple[str, ...]:
+    if asked is None or model_max_length is None or asked <= model_max_length:
+        return ()
+    return (f"max_length {asked:,} is above the model's own {model_max_length:,} positions",)
 
 
 def _warnings(reports: Sequence[DataReport], leaked: Sequence[str], *fits: EncodeResult) -> tuple[str, ...]:

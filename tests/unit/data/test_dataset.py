@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +20,7 @@ from lorasmith.config import DataConfig
 from lorasmith.data.check import find, prompt_of
 from lorasmith.data.dataset import Dataset, fingerprint, load, split, survey
 from lorasmith.data.encode import encode_conversations, fit_length
-from lorasmith.errors import DataError, StorageError
+from lorasmith.errors import ConfigError, DataError, SetupError, StorageError
 from lorasmith.types import IGNORE_INDEX, Conversation, Message
 
 SHARED = Path(__file__).resolve().parents[4] / "shared"
@@ -105,6 +108,14 @@ def test_the_models_own_limit_holds_where_none_is_told(tmp_path: Path) -> None:
     config = DataConfig(train=write(tmp_path / "rows.jsonl", [row("a", "b" * 50)]))
     with pytest.raises(DataError, match="longer than 10"):
         load(config, CharacterChat(), model_max_length=10)
+
+
+def test_a_limit_above_the_models_own_is_told(tmp_path: Path) -> None:
+    config = DataConfig(train=write(tmp_path / "rows.jsonl", [row("a", "b")]), max_length=20)
+    assert (
+        "max_length 20 is above the model's own 10"
+        in load(config, CharacterChat(), model_max_length=10).warnings[0]
+    )
 
 
 def test_drop_leaves_out_and_truncate_cuts_without_an_end_token() -> None:
@@ -223,6 +234,32 @@ def test_the_fingerprint_is_of_ids_and_labels_in_order(tmp_path: Path) -> None:
 def test_a_hub_name_is_not_looked_for_where_a_file_is_meant(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no data file"):
         survey("missing/rows.json", DataConfig(), CharacterChat())
+
+
+def test_no_source_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match=r"data\.train"):
+        load(DataConfig(), CharacterChat())
+
+
+def test_a_hub_data_set_needs_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(SetupError, match="hub-datasets"):
+        survey("org/name", DataConfig(), CharacterChat())
+
+
+def test_rows_of_a_hub_data_set_are_numbered_and_null_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = [row("a", "b", system=None), row("a", None)]
+    hub = SimpleNamespace(load_dataset=lambda name, split: table)
+    monkeypatch.setitem(sys.modules, "datasets", hub)  # type: ignore[arg-type]
+    found = survey("org/name", DataConfig(), CharacterChat())
+    assert [example.origin for example in found.examples] == ["org/name:1"]
+    assert [(bad.origin, bad.rule) for bad in found.report.bad_rows] == [("org/name:2", "missing-field")]
+
+
+def test_the_room_loads_no_torch() -> None:
+    script = "import sys, lorasmith.data.dataset, lorasmith.data.loader; print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"
 
 
 @pytest.mark.skipif(not HUANHUAN.exists(), reason="the sibling folder shared/ is not here")
