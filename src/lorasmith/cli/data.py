@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ from lorasmith.chat.template import ChatFormat
 from lorasmith.config import DataConfig, validate
 from lorasmith.data.check import DataReport, TokenStats
 from lorasmith.data.dataset import Survey, survey
+from lorasmith.data.encode import fit_length
 from lorasmith.errors import ConfigError, DataError
 from lorasmith.types import IGNORE_INDEX, Example
 
@@ -43,12 +45,20 @@ AsJson = Annotated[bool, typer.Option("--json", help="The same for machines.")]
 Count = Annotated[int, typer.Option("-n", min=1, help="Rows to show of each kind.")]
 
 
-def check(found: Survey, chat_format: ChatFormat, count: int) -> tuple[dict[str, Any], Text]:
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What the command line said, resolved."""
+
+    config: DataConfig
+    chat_format: ChatFormat
+
+
+def check(found: Survey, context: Context, count: int) -> tuple[dict[str, Any], Text]:
     """Every row that cannot be trained on, with file:line, and what is odd about the others."""
     return found.report.to_json(), Text("\n").join(_check_lines(found.report, count))
 
 
-def stats(found: Survey, chat_format: ChatFormat, count: int) -> tuple[dict[str, Any], Text]:
+def stats(found: Survey, context: Context, count: int) -> tuple[dict[str, Any], Text]:
     """Lengths in tokens: histogram, percentiles, totals, and the longest rows."""
     tokens = found.report.tokens
     if tokens is None:
@@ -63,15 +73,21 @@ def stats(found: Survey, chat_format: ChatFormat, count: int) -> tuple[dict[str,
     return machine, Text("\n").join(_stats_lines(found.report, tokens, longest))
 
 
-def preview(found: Survey, chat_format: ChatFormat, count: int) -> tuple[dict[str, Any], Text]:
+def preview(found: Survey, context: Context, count: int) -> tuple[dict[str, Any], Text]:
     """The tokens of the first rows: trained ones green, the others dim, replaced targets yellow."""
-    shown = found.examples[:count]
+    chat_format, shown = context.chat_format, _as_trained(found, context.config)[:count]
     legend = Text.assemble(
         ("trained", _TRAINED), "  ", ("not trained", _UNTRAINED), "  ", ("replaced", _REPLACED)
     )
     rows = [preview_row(example, chat_format) for example in shown]
     machine = {"rows": [_preview_json(example, chat_format) for example in shown]}
     return machine, Text("\n\n").join([legend, *rows])
+
+
+def _as_trained(found: Survey, config: DataConfig) -> Sequence[Example]:
+    if config.over_length == "error":  # the exit code tells; the rows are there to be looked at
+        return found.examples
+    return fit_length(found.examples, config.max_length, config.over_length).examples
 
 
 def preview_row(example: Example, chat_format: ChatFormat) -> Text:
@@ -145,6 +161,12 @@ def _stats_lines(report: DataReport, tokens: TokenStats, longest: Sequence[Examp
     for start, end, number in tokens.bars:
         bar = "█" * -(-number * _BAR_WIDTH // highest)
         yield Text.assemble(f"{start:>7,} - {end:<7,}", (bar, "cyan"), f" {number:,}")
+    if report.bad_rows:
+        yield Text(
+            f"left out: {len(report.bad_rows):,} bad rows (lorasmith data check names them)", "bold red"
+        )
+    if report.max_length:
+        yield Text(f"over {report.max_length:,} tokens: {len(report.over_length):,} rows")
     yield Text("longest: " + ", ".join(f"{example.origin} ({len(example):,})" for example in longest))
 
 
@@ -164,7 +186,7 @@ def _failed(report: DataReport, config: DataConfig) -> bool:
     return bad or (bool(report.over_length) and config.over_length == "error")
 
 
-def _add_verb(show: Callable[[Survey, ChatFormat, int], tuple[dict[str, Any], Text]]) -> None:
+def _add_verb(show: Callable[[Survey, Context, int], tuple[dict[str, Any], Text]]) -> None:
     """One signature for all verbs, so that a flag means the same in each."""
 
     def verb(
@@ -196,9 +218,9 @@ def _add_verb(show: Callable[[Survey, ChatFormat, int], tuple[dict[str, Any], Te
         )
         writer = api.load_chat_format(model, family=family, chat_format=chat_format)
         found = survey(file, config, writer, max_length=max_length)
-        machine, text = show(found, writer, count)
+        machine, text = show(found, Context(config, writer), count)
         _print(machine if as_json else text)
-        if show is check and _failed(found.report, config):
+        if _failed(found.report, config):
             raise typer.Exit(DataError.exit_code)
 
     app.command(show.__name__, help=show.__doc__)(verb)

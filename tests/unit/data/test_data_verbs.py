@@ -101,6 +101,18 @@ def test_preview_shows_the_first_rows_with_their_origin(rows: Path) -> None:
     assert shown["labels"][:4] == [IGNORE_INDEX] * 4
 
 
+def test_preview_shows_a_truncated_row_as_it_is_trained(rows: Path) -> None:
+    result = run("preview", rows, "--max-length", "10", "--over-length", "truncate")
+    assert result.exit_code == 0
+    assert "rows.jsonl:2  10 tokens, 6 trained" in result.output
+
+
+def test_stats_counts_rows_over_the_limit(rows: Path) -> None:
+    result = run("stats", rows, "--max-length", "20")
+    assert result.exit_code == DataError.exit_code
+    assert "over 20 tokens: 1 rows" in result.output
+
+
 def test_preview_colours_tokens_by_what_is_trained() -> None:
     a, b, c = (ord(letter) + len(SPECIAL) for letter in "abc")
     labels = np.array([b, IGNORE_INDEX, SPECIAL["<|end|>"]])
