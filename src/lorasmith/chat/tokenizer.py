@@ -34,15 +34,19 @@ class Tokenizer(ABC):
         """An id to fill batches with; always masked, never labelled."""
 
     @abstractmethod
-    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """Plain texts as ids, nothing added before or behind; the text of a special token stays text."""
+    def encode_all(self, texts: Sequence[str], *, starts: Sequence[bool] | None = None) -> list[list[int]]:
+        """Plain texts as ids, nothing added before or behind; the text of a special token stays text.
+
+        `starts` says which texts stand at the very start of a conversation (None: all do); it matters to
+        vocabularies that put a space of their own before the first text only.
+        """
 
     @abstractmethod
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str: ...
 
     @abstractmethod
     def lost(self, texts: Sequence[str], encoded: Sequence[Sequence[int]]) -> list[int]:
-        """Indices of the texts that do not come back from their ids (the tokenizer dropped or changed some)."""
+        """Indices of the texts that do not come back from their ids: some of them was dropped or changed."""
 
     @abstractmethod
     def stream(self, ids: Iterator[int]) -> Iterator[str]:
