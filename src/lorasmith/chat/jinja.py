@@ -116,8 +116,9 @@ class TemplateFormat(ChatFormat):
             except DataError as error:  # some templates demand a system message, others refuse it
                 refusal = f"{error.what}: {error.why}"
                 continue
-            match = self._controls.search(text, text.rfind(_ANSWER) + len(_ANSWER))
-            if match:
+            _, answer, behind = text.rpartition(_ANSWER)
+            match = self._controls.search(behind)
+            if answer and match:
                 return self._special_tokens[match[match.lastindex or 0]]
         raise FamilyError(
             "the model's chat template writes no token that ends an answer",
