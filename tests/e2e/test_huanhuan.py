@@ -10,28 +10,26 @@ import time
 import peft
 import pytest
 import torch
-from shared import SHARED, needs_shared
 from transformers import AutoModelForCausalLM
 
 import lorasmith as ls
 from lorasmith.training.checkpoint import list_checkpoints
 
-pytestmark = [needs_shared, pytest.mark.slow]
-ROWS = str(SHARED / "data/datasets/huanhuan.json")
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
+def base(tmp_path_factory, shared):
     directory = tmp_path_factory.mktemp("deepseek-like")
-    script = str(SHARED / "acceptance/make_llama.py")
+    script = str(shared / "acceptance/make_llama.py")
     subprocess.run([sys.executable, script, str(directory)], check=True, capture_output=True)
     return directory
 
 
-def command(base, run, *flags):
+def command(base, rows, run, *flags):
     settings = ["train.max_steps=60", "train.save_steps=10", "train.learning_rate=1e-2", "model.dtype=fp32"]
     sets = [part for setting in settings for part in ("--set", setting)]
-    arguments = ["train", "--model", str(base), "--data", ROWS, "--output-dir", str(run), *sets, *flags]
+    arguments = ["train", "--model", str(base), "--data", str(rows), "--output-dir", str(run), *sets, *flags]
     return [sys.executable, "-m", "lorasmith", *arguments]
 
 
@@ -40,19 +38,20 @@ def losses(run):
     return [line["loss"] for line in lines if line.get("loss") is not None]
 
 
-def test_train_kill_resume_and_load_in_stock_peft(base, tmp_path):
-    whole = subprocess.run(command(base, tmp_path / "whole"), capture_output=True, text=True)
+def test_train_kill_resume_and_load_in_stock_peft(base, shared, tmp_path):
+    rows = shared / "data/datasets/huanhuan.json"
+    whole = subprocess.run(command(base, rows, tmp_path / "whole"), capture_output=True, text=True)
     assert whole.returncode == 0, whole.stderr
     assert losses(tmp_path / "whole")[-1] < losses(tmp_path / "whole")[0] - 0.5
 
-    killed = subprocess.Popen(command(base, tmp_path / "cut"), stdout=subprocess.DEVNULL)
+    killed = subprocess.Popen(command(base, rows, tmp_path / "cut"), stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while len(list_checkpoints(tmp_path / "cut")) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
     killed.kill()
     killed.wait()
     assert not (tmp_path / "cut/adapter_model.safetensors").exists(), "the kill came too late"
-    resumed = subprocess.run(command(base, tmp_path / "cut", "--resume"), capture_output=True, text=True)
+    resumed = subprocess.run(command(base, rows, tmp_path / "cut", "--resume"), capture_output=True, text=True)
     assert resumed.returncode == 0, resumed.stderr
     assert "going on from step-" in resumed.stdout
     adapters = [(tmp_path / run / "adapter_model.safetensors").read_bytes() for run in ("whole", "cut")]

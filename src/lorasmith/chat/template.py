@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -15,6 +16,11 @@ from lorasmith.types import IGNORE_INDEX, Conversation, Example, Message, Piece
 
 class ChatFormat(ABC):
     """How a family writes a conversation down. A subclass is final: it gives the pieces and the stop ids."""
+
+    role_markers: ClassVar[tuple[str, ...]] = ()
+    """Plain text that marks turns: no token rule can protect it, so rows that contain it deserve a look."""
+    joint_text: ClassVar[bool] = False
+    """Text between two special tokens is one text to the tokenizer, also where training begins inside it."""
 
     def __init__(self, name: str, tokenizer: Tokenizer, stop_ids: Sequence[int]) -> None:
         self.name = name
@@ -47,20 +53,72 @@ class ChatFormat(ABC):
 
         Raises: DataError naming the conversation whose text does not survive encoding and decoding.
         """
-        rendered = [(c.origin, join_text(self._pieces_of(c, for_generation))) for c in conversations]
-        texts = [(origin, p.content) for origin, ps in rendered for p in ps if isinstance(p.content, str)]
-        encoded = self.tokenizer.encode_all([text for _, text in texts])
-        for index in self.tokenizer.lost([text for _, text in texts], encoded):
-            raise _text_lost(*texts[index], self.tokenizer.decode(encoded[index]))
-        ids_of_texts = iter(encoded)
-        return [_example(pieces, ids_of_texts, origin, for_generation) for origin, pieces in rendered]
+        rendered = [(c.origin, self._pieces_of(c, for_generation)) for c in conversations]
+        texts = [text for origin, pieces in rendered for text in self._texts(pieces, origin)]
+        encoded = self._encode_texts(texts)
+        own_ids = iter([_own_ids(*pair) for pair in zip(texts, encoded, [[], *encoded], strict=False)])
+        return [_example(pieces, own_ids, origin, for_generation) for origin, pieces in rendered]
+
+    def _encode_texts(self, texts: Sequence[_Text]) -> list[list[int]]:
+        contents = [text.content for text in texts]
+        encoded = self.tokenizer.encode_all(contents, starts=[text.at_start for text in texts])
+        for index in self.tokenizer.lost(contents, encoded):
+            raise _text_lost(texts[index].origin, contents[index], self.tokenizer.decode(encoded[index]))
+        return encoded
+
+    def _texts(self, pieces: Sequence[Piece], origin: str) -> Iterator[_Text]:
+        """One text for each piece of text; with `joint_text` it begins with the pieces it continues."""
+        before, at_start = "", True
+        for piece in pieces:
+            if not isinstance(piece.content, str):
+                before, at_start = "", False
+                continue
+            text = before + piece.content
+            yield _Text(text, at_start, bool(before), origin)
+            before = text if self.joint_text else ""
+            at_start = at_start and self.joint_text
 
     def _pieces_of(self, conversation: Conversation, for_generation: bool) -> list[Piece]:
+        _check_turns(conversation, for_generation)
         try:
-            return self.pieces(conversation.messages, for_generation=for_generation)
+            pieces = self.pieces(conversation.messages, for_generation=for_generation)
+            return pieces if self.joint_text else join_text(pieces)
         except DataError as error:
             where = error.where or conversation.origin
             raise DataError(error.what, where=where, why=error.why, fix=error.fix) from None
+
+
+class _Text(NamedTuple):
+    content: str
+    at_start: bool  # of the conversation
+    continues: bool  # begins with the text before it
+    origin: str
+
+
+def _own_ids(text: _Text, ids: Sequence[int], ids_before: Sequence[int]) -> Sequence[int]:
+    """The ids that `text` adds to the text it continues.
+
+    Raises: DataError if the tokenizer joins the two across their border, so that a prompt, which ends
+    there, would not be the beginning of what is trained.
+    """
+    if not text.continues:
+        return ids
+    if list(ids[: len(ids_before)]) != list(ids_before):
+        raise DataError(
+            "a token of this conversation lies on the border of prompt and answer",
+            where=text.origin,
+            why=f"the tokenizer joins the end of the one and the head of the other: {text.content[-60:]!r}",
+            fix="take the white space or punctuation off the head of the answer",
+        )
+    return ids[len(ids_before) :]
+
+
+def _check_turns(conversation: Conversation, for_generation: bool) -> None:
+    roles = {message.role for message in conversation.messages}
+    if not roles or (not for_generation and "assistant" not in roles):
+        what = "this conversation has no message" if not roles else "this conversation has no answer to learn"
+        fix = "give it a user and an assistant message, or leave the row out"
+        raise DataError(what, where=conversation.origin, fix=fix)
 
 
 def join_text(pieces: Sequence[Piece]) -> list[Piece]:

@@ -34,8 +34,12 @@ class Tokenizer(ABC):
         """An id to fill batches with; always masked, never labelled."""
 
     @abstractmethod
-    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """Plain texts as ids, nothing added before or behind; the text of a special token stays text."""
+    def encode_all(self, texts: Sequence[str], *, starts: Sequence[bool] | None = None) -> list[list[int]]:
+        """Plain texts as ids, nothing added before or behind; the text of a special token stays text.
+
+        `starts` says which texts stand at the very start of a conversation (None: all do); it matters to
+        vocabularies that put a space of their own before the first text only.
+        """
 
     @abstractmethod
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str: ...

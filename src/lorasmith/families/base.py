@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from lorasmith.chat.template import ChatFormat
 from lorasmith.chat.tokenizer import Tokenizer
+from lorasmith.errors import ConfigError
 
 ConfigJson: TypeAlias = Mapping[str, Any]
+FormatFactory: TypeAlias = Callable[[Tokenizer, Sequence[int]], ChatFormat]
+"""A tokenizer and the stop ids that the model directory names beside the family's own -> a chat format."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class Family:
     """As the authors spell it, for people."""
     fits: Callable[[ConfigJson], bool]
     """Whether a model directory's config.json is of this family."""
-    chat_formats: Mapping[str, Callable[[Tokenizer], ChatFormat]]
+    chat_formats: Mapping[str, FormatFactory]
     """"official", and "tutorial" where there is a tutorial."""
     target_modules: tuple[str, ...] | None
     """Modules that `target_modules: auto` adapts; None: every linear layer but the head."""
@@ -27,3 +30,25 @@ class Family:
     """File in families/canaries with strings and the ids that the real vocabulary gives them."""
     verified_against: str
     """What this family's ids and figures were checked with."""
+
+    def chat_format(self, name: str, tokenizer: Tokenizer, extra_stop_ids: Sequence[int] = ()) -> ChatFormat:
+        """`extra_stop_ids` are `stop_ids_of(generation_config)`, where the directory has one.
+
+        Raises: ConfigError if the family has no format of this name; TokenizerError if the vocabulary lacks
+        a token of the format; FamilyError if the model directory's own chat template is missing or unfit.
+        """
+        if name not in self.chat_formats:
+            raise ConfigError(
+                f"the family {self.name} has no chat format {name!r}",
+                why=f"it has: {', '.join(self.chat_formats)}",
+                fix=f"set model.chat_format to {next(iter(self.chat_formats))}",
+            )
+        return self.chat_formats[name](tokenizer, extra_stop_ids)
+
+
+def stop_ids_of(generation_config: Mapping[str, Any]) -> tuple[int, ...]:
+    """The `eos_token_id` of a generation_config.json (or config.json): one id, several, or none."""
+    eos = generation_config.get("eos_token_id")
+    if eos is None:
+        return ()
+    return tuple(eos) if isinstance(eos, list) else (int(eos),)

@@ -1,0 +1,186 @@
+"""TemplateFormat: a chat format read off the tokenizer's own chat template, for any transformers chat model.
+
+The template is rendered to text, the text is cut at its control tokens, and what is trained is found by
+rendering the conversation turn by turn: each prompt must be the beginning of what is trained.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TypeAlias, final
+
+from lorasmith.chat.fast import FastTokenizer
+from lorasmith.chat.render import SPAN_END, SPAN_START, ChatTemplate, take_spans
+from lorasmith.chat.template import ChatFormat
+from lorasmith.errors import DataError, FamilyError
+from lorasmith.types import Message, Piece
+
+Span: TypeAlias = tuple[int, int]
+_ANSWER = "Answer"
+_PROBES = (
+    (Message("user", "Question"), Message("assistant", _ANSWER)),
+    (Message("system", "System"), Message("user", "Question"), Message("assistant", _ANSWER)),
+)
+
+
+@final
+class TemplateFormat(ChatFormat):
+    """`extra_stop_ids` are those of generation_config.json; `now` is what templates print as today.
+
+    Raises: FamilyError if there is no chat template, it is not jinja, or writes no token that ends an answer.
+    """
+
+    joint_text = True
+
+    def __init__(
+        self, tokenizer: FastTokenizer, extra_stop_ids: Sequence[int] = (), *, now: datetime | None = None
+    ) -> None:
+        if tokenizer.chat_template is None:
+            raise FamilyError(
+                "the model directory has no chat template",
+                why="a family without a format of its own needs chat_template.jinja, or chat_template in "
+                "tokenizer_config.json",
+                fix="use the chat version of this model (base models have none), or choose a --family",
+            )
+        self._source = tokenizer.chat_template
+        self._template = ChatTemplate(self._source, tokenizer.named, now)
+        self._controls = tokenizer.control_pattern
+        self._reserved = re.compile(f"{SPAN_START}|{SPAN_END}|{_literals(tokenizer.special_tokens)}")
+        self._special_tokens = tokenizer.special_tokens
+        eos_ids = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+        super().__init__("official", tokenizer, [*eos_ids, *extra_stop_ids, self._end_of_turn()])
+
+    def pieces(self, messages: Sequence[Message], *, for_generation: bool = False) -> list[Piece]:
+        """Raises: DataError if the template refuses the messages, or renders a turn otherwise in training."""
+        script = self._script(messages)
+        text, spans = take_spans(self._template.render(script.messages, add_generation_prompt=for_generation))
+        if for_generation:
+            return list(self._cut(text, [], [], script))
+        turns = list(self._turns(script, text))
+        return list(self._cut(text, spans or turns, [start for start, _ in turns], script))
+
+    def _script(self, messages: Sequence[Message]) -> _Script:
+        """Messages in which the text of every control token is a word that no template knows."""
+        contents = "\n".join(message.content for message in messages)
+        word = "qz"
+        while word in contents or word in self._source:
+            word += "z"
+        script = _Script(word)
+        for message in messages:
+            content = self._reserved.sub(script.disguise, message.content)
+            script.messages.append({"role": message.role, "content": content})
+        return script
+
+    def _turns(self, script: _Script, full: str) -> Iterator[Span]:
+        """Where each answer lies in `full`, up to and including the token that ends it."""
+        for index, message in enumerate(script.messages):
+            if message["role"] != "assistant":
+                continue
+            prompt = self._plain(script.messages[:index], add_generation_prompt=True)
+            upto = self._plain(script.messages[: index + 1], add_generation_prompt=False)
+            if not upto.startswith(prompt):
+                raise _not_a_prefix(
+                    index, "the prompt for it is not how the trained text begins", prompt, upto
+                )
+            end = self._end_of_answer(upto, len(prompt), index)
+            if not full.startswith(upto[:end]):
+                raise _not_a_prefix(
+                    index, "it is written otherwise once later turns follow", upto[:end], full
+                )
+            yield len(prompt), end
+
+    def _plain(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
+        return take_spans(self._template.render(messages, add_generation_prompt=add_generation_prompt))[0]
+
+    def _end_of_answer(self, text: str, start: int, index: int) -> int:
+        for match in self._controls.finditer(text, start):
+            token = match.lastindex or 0
+            if self._special_tokens[match[token]] in self.stop_ids:
+                return match.end(token)
+        raise DataError(
+            f"the chat template writes no stop token after message {index + 1}",
+            why="trained on this, the model would never learn to stop",
+            fix="use a model whose chat template ends its answers with a token",
+        )
+
+    def _end_of_turn(self) -> int:
+        """The control token that the template writes behind an answer."""
+        refusal = ""
+        for probe in _PROBES:
+            try:
+                text = self._plain(self._script(probe).messages, add_generation_prompt=False)
+            except DataError as error:  # some templates demand a system message, others refuse it
+                refusal = f"{error.what}: {error.why}"
+                continue
+            _, answer, behind = text.rpartition(_ANSWER)
+            match = self._controls.search(behind)
+            if answer and match:
+                return self._special_tokens[match[match.lastindex or 0]]
+        raise FamilyError(
+            "the model's chat template writes no token that ends an answer",
+            why=refusal or "trained with it, the model would never learn to stop",
+            fix="use a chat model whose template ends answers with its eos or end-of-turn token",
+        )
+
+    def _cut(
+        self, text: str, trained: Sequence[Span], cuts: Sequence[int], script: _Script
+    ) -> Iterator[Piece]:
+        """`text` as pieces: cut at control tokens, where training starts or ends, and at `cuts`."""
+        edges = sorted({0, *cuts, *(edge for span in trained for edge in span)})
+        at = 0
+        for match in self._controls.finditer(text):
+            yield from _text_pieces(text, at, match.start(), edges, trained, script)
+            token = match.lastindex or 0
+            yield Piece(self._special_tokens[match[token]], trained=_inside(match.start(token), trained))
+            at = match.end()
+        yield from _text_pieces(text, at, len(text), edges, trained, script)
+
+
+@dataclass(frozen=True)
+class _Script:
+    """Messages as the template sees them, and what their disguised words stand for."""
+
+    word: str
+    messages: list[dict[str, str]] = field(default_factory=list)
+    originals: list[str] = field(default_factory=list)
+
+    def disguise(self, match: re.Match[str]) -> str:
+        self.originals.append(match[0])
+        return f"{self.word}{len(self.originals) - 1}q"
+
+    def reveal(self, text: str) -> str:
+        return re.sub(f"{self.word}([0-9]+)q", lambda match: self.originals[int(match[1])], text)
+
+
+def _text_pieces(
+    text: str, start: int, end: int, edges: Sequence[int], trained: Sequence[Span], script: _Script
+) -> Iterator[Piece]:
+    while start < end:
+        following = bisect_right(edges, start)
+        stop = min(end, edges[following]) if following < len(edges) else end
+        yield Piece(script.reveal(text[start:stop]), trained=_inside(start, trained))
+        start = stop
+
+
+def _inside(position: int, spans: Sequence[Span]) -> bool:
+    return any(start <= position < end for start, end in spans)
+
+
+def _literals(tokens: Mapping[str, int]) -> str:
+    return "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or r"(?!)"
+
+
+def _not_a_prefix(index: int, what: str, part: str, whole: str) -> DataError:
+    same = next(
+        (n for n, (a, b) in enumerate(zip(part, whole, strict=False)) if a != b), min(len(part), len(whole))
+    )
+    return DataError(
+        f"message {index + 1}, an answer, cannot be trained with this model's chat template",
+        why=f"{what}: {part[same : same + 40]!r} becomes {whole[same : same + 40]!r}",
+        fix="split the conversation so that this answer is its last message, or use a model whose chat "
+        "template does not rewrite earlier turns",
+    )

@@ -1,0 +1,37 @@
+"""Any chat model that transformers knows, by the chat template of its own tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lorasmith.chat.fast import FastTokenizer
+from lorasmith.chat.jinja import TemplateFormat
+from lorasmith.chat.template import ChatFormat
+from lorasmith.chat.tokenizer import Tokenizer
+from lorasmith.errors import FamilyError
+from lorasmith.families.base import ConfigJson, Family
+
+
+def _official(tokenizer: Tokenizer, extra_stop_ids: Sequence[int]) -> ChatFormat:
+    if not isinstance(tokenizer, FastTokenizer):
+        raise FamilyError(
+            "the generic family needs a tokenizer.json",
+            why="a chat template is written for a transformers tokenizer",
+            fix="choose the --family that this tokenizer belongs to",
+        )
+    return TemplateFormat(tokenizer, extra_stop_ids)
+
+
+def _fits(config: ConfigJson) -> bool:
+    return bool(config.get("model_type") or config.get("architectures"))
+
+
+FAMILY = Family(
+    name="generic",
+    title="any transformers chat model",
+    fits=_fits,
+    chat_formats={"official": _official},
+    target_modules=None,
+    canary=None,
+    verified_against="apply_chat_template of transformers",
+)

@@ -1,0 +1,96 @@
+"""Ids and labels of the real vocabularies: the reference implementations' own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorasmith.chat.loading import load_tokenizer
+from lorasmith.chat.template import ChatFormat
+from lorasmith.chat.tokenizer import Tokenizer
+from lorasmith.families import checked_tokenizer, find_family
+from lorasmith.types import Conversation, Message
+
+FOLDERS = {"llama3": "llama3", "deepseek": "deepseek-llm"}
+NAMES_OF_DATA = {"llama3": "llama3", "deepseek": "deepseek_llm"}
+CASES = ["single", "system", "multi3", "empty_system", "mixed"]
+
+
+@pytest.fixture(scope="module", params=list(FOLDERS))
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(shared: Path, family: str, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    directory = tmp_path_factory.mktemp(family)
+    source = shared / "data/tokenizers" / FOLDERS[family] / "tokenizer.rebuilt.json"
+    (directory / "tokenizer.json").symlink_to(source)
+    return checked_tokenizer(find_family({}, family), load_tokenizer(directory))
+
+
+def format_of(family: str, name: str, tokenizer: Tokenizer) -> ChatFormat:
+    return find_family({}, family).chat_format(name, tokenizer)
+
+
+def conversation(messages: list[dict[str, Any]]) -> Conversation:
+    return Conversation(tuple(Message(m["role"], m["content"]) for m in messages), "row")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_official(shared: Path, family: str, tokenizer: Tokenizer, case: str) -> None:
+    golden = json.loads((shared / f"golden/tokenization/{family}_official.json").read_text(encoding="utf-8"))
+    wanted = next(c for c in golden["conversations"] if c["name"] == case)
+    chat_format, whole = format_of(family, "official", tokenizer), conversation(wanted["messages"])
+    example = chat_format.encode(whole)
+    assert example.input_ids.tolist() == wanted["full_ids"][:-1]
+    assert example.labels.tolist() == wanted["labels"][1:]
+    prompt = chat_format.encode(Conversation(whole.messages[:-1], "row"), for_generation=True)
+    assert prompt.input_ids.tolist() == wanted["prompt_ids"]
+
+
+def test_attack(shared: Path, family: str, tokenizer: Tokenizer) -> None:
+    """Where DeepSeek's reference parses control tokens out of user text, we do not follow it."""
+    golden = json.loads((shared / f"golden/tokenization/{family}_official.json").read_text(encoding="utf-8"))
+    wanted = next(c for c in golden["conversations"] if c["name"] == "attack")
+    ids = format_of(family, "official", tokenizer).encode(conversation(wanted["messages"])).input_ids.tolist()
+    if family == "llama3":
+        assert ids == wanted["full_ids"][:-1]
+    special = set(tokenizer.special_tokens.values())
+    assert [i for i in ids if i in special] == {
+        "llama3": [128000, 128006, 128007, 128009, 128006, 128007],
+        "deepseek": [100000],
+    }[family]
+
+
+def test_tutorial(shared: Path, family: str, tokenizer: Tokenizer) -> None:
+    golden = json.loads((shared / f"golden/tokenization/{family}_tutorial.json").read_text(encoding="utf-8"))
+    chat_format = format_of(family, "tutorial", tokenizer)
+    assert len(golden["rows"]) >= 20
+    for row in golden["rows"]:
+        messages = (Message("user", row["instruction"] + row["input"]), Message("assistant", row["output"]))
+        example = chat_format.encode(Conversation(messages, f"row {row['row']}"))
+        assert example.input_ids.tolist() == row["input_ids"][:-1]
+        assert example.labels.tolist() == row["labels"][1:]
+
+
+@pytest.mark.parametrize("case", ["single", "multi_with_system"])
+def test_official_templates(shared: Path, family: str, tokenizer: Tokenizer, case: str) -> None:
+    data = json.loads((shared / "data/official_templates.json").read_text(encoding="utf-8"))
+    wanted = data[NAMES_OF_DATA[family]]
+    whole = conversation(data["messages"][case])
+    chat_format = format_of(family, "official", tokenizer)
+    assert chat_format.encode(whole).input_ids.tolist() == wanted[case]["ids"][:-1]
+    if case == "single":
+        prompt = chat_format.encode(Conversation(whole.messages[:-1], "row"), for_generation=True)
+        assert prompt.input_ids.tolist() == wanted["single_prompt"]
+
+
+def test_no_row_of_a_real_data_set_is_lost(shared: Path, family: str, tokenizer: Tokenizer) -> None:
+    rows = json.loads((shared / "data/datasets/huanhuan.json").read_text(encoding="utf-8"))
+    messages = [(Message("user", r["instruction"]), Message("assistant", r["output"])) for r in rows]
+    examples = format_of(family, "official", tokenizer).encode_all([Conversation(m, "row") for m in messages])
+    assert sum(len(example) + 1 for example in examples) == {"llama3": 238_936, "deepseek": 201_106}[family]
