@@ -11,7 +11,7 @@ from pathlib import Path
 
 import tokenizers
 
-from lorasmith.chat.fast import FastTokenizer
+from lorasmith.text.fast import FastTokenizer
 
 STRINGS = (
     "Hello, world!",

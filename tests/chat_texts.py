@@ -8,10 +8,10 @@ from pathlib import Path
 
 import tokenizers_factory as factory
 
-from lorasmith.chat.loading import load_tokenizer
-from lorasmith.chat.template import ChatFormat
-from lorasmith.chat.tokenizer import Tokenizer
 from lorasmith.families import all_families
+from lorasmith.text.loading import load_tokenizer
+from lorasmith.text.template import ChatFormat
+from lorasmith.text.tokenizer import Tokenizer
 
 _WORDS = (
     *(

@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     import peft
     from transformers import PreTrainedModel
 
-    from lorasmith.chat.template import ChatFormat
     from lorasmith.data.dataset import Dataset
     from lorasmith.data.loader import Loader
     from lorasmith.families.base import Family
     from lorasmith.model.model import Model
+    from lorasmith.text.template import ChatFormat
     from lorasmith.training.estimate import MemoryEstimate, ParameterCount
     from lorasmith.training.progress import Reporter
     from lorasmith.training.run_dir import ChatSettings

@@ -51,14 +51,18 @@ def test_train_kill_resume_and_load_in_stock_peft(base, shared, tmp_path):
     killed.kill()
     killed.wait()
     assert not (tmp_path / "cut/adapter_model.safetensors").exists(), "the kill came too late"
-    resumed = subprocess.run(command(base, rows, tmp_path / "cut", "--resume"), capture_output=True, text=True)
+    resumed = subprocess.run(
+        command(base, rows, tmp_path / "cut", "--resume"), capture_output=True, text=True
+    )
     assert resumed.returncode == 0, resumed.stderr
     assert "going on from step-" in resumed.stdout
     adapters = [(tmp_path / run / "adapter_model.safetensors").read_bytes() for run in ("whole", "cut")]
     assert adapters[0] == adapters[1]
 
     model = ls.load_model(str(tmp_path / "whole"), dtype="fp32")
-    ids = torch.from_numpy(model.encode([ls.Message("user", "你是谁？")], for_generation=True).input_ids)[None]
+    ids = torch.from_numpy(model.encode([ls.Message("user", "你是谁？")], for_generation=True).input_ids)[
+        None
+    ]
     stock = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     with torch.no_grad():
         theirs = peft.PeftModel.from_pretrained(stock, tmp_path / "whole").eval()(ids).logits

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from chat_texts import FORMATS, make_format, opens_with_space, texts_for
 
-from lorasmith.chat.loading import load_tokenizer
-from lorasmith.chat.template import ChatFormat
 from lorasmith.errors import DataError
 from lorasmith.families import find_family
+from lorasmith.text.loading import load_tokenizer
+from lorasmith.text.template import ChatFormat
 from lorasmith.types import Conversation, Message
 
 ROWS = 2000

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from chat_texts import FORMATS, make_format, texts_for
 
-from lorasmith.chat.loading import load_tokenizer
-from lorasmith.chat.template import ChatFormat
 from lorasmith.errors import DataError
 from lorasmith.families import find_family
+from lorasmith.text.loading import load_tokenizer
+from lorasmith.text.template import ChatFormat
 from lorasmith.types import IGNORE_INDEX, Conversation, Message
 
 ROWS = 300

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from lorasmith.chat.loading import load_tokenizer
-from lorasmith.chat.template import ChatFormat
-from lorasmith.chat.tokenizer import Tokenizer
 from lorasmith.families import checked_tokenizer, find_family
+from lorasmith.text.loading import load_tokenizer
+from lorasmith.text.template import ChatFormat
+from lorasmith.text.tokenizer import Tokenizer
 from lorasmith.types import Conversation, Message
 
 FOLDERS = {"llama3": "llama3", "deepseek": "deepseek-llm"}

@@ -28,7 +28,7 @@ from pathlib import Path
 import transformers
 from transformers import AutoTokenizer
 
-from lorasmith.chat.loading import load_tokenizer
+from lorasmith.text.loading import load_tokenizer
 from lorasmith.families import checked_tokenizer, find_family
 from lorasmith.types import Conversation, Message
 

@@ -12,12 +12,12 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from lorasmith.chat.template import ChatFormat
 from lorasmith.config import DataConfig, validate
 from lorasmith.data.check import DataReport, TokenStats
 from lorasmith.data.dataset import Survey, survey
 from lorasmith.data.encode import fit_length
 from lorasmith.errors import ConfigError, DataError
+from lorasmith.text.template import ChatFormat
 from lorasmith.types import IGNORE_INDEX, Example
 
 app = typer.Typer(help="Look at training rows before you train on them.", no_args_is_help=True)

@@ -13,7 +13,6 @@ from itertools import chain
 from pathlib import Path
 from typing import overload
 
-from lorasmith.chat.template import ChatFormat
 from lorasmith.config import DataConfig
 from lorasmith.data.check import DataReport, describe, find, over_length_rows, prompt_of, token_stats
 from lorasmith.data.conversation import (
@@ -29,6 +28,7 @@ from lorasmith.data.encode import EncodeResult, encode_or_refuse, fit_length
 from lorasmith.data.records import KINDS, BadRow, Record, Row, bad_rows_error, read_records, table_rows
 from lorasmith.data.source import DEFAULT_LIMITS
 from lorasmith.errors import ConfigError, DataError, SetupError, StorageError
+from lorasmith.text.template import ChatFormat
 from lorasmith.types import Conversation, Example, Message
 
 _DETECTION_ROWS = 200

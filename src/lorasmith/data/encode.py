@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from lorasmith.chat.template import ChatFormat
 from lorasmith.data.records import BadRow, bad_rows_error
 from lorasmith.errors import DataError
+from lorasmith.text.template import ChatFormat
 from lorasmith.types import Conversation, Example
 
 OverLength: TypeAlias = Literal["error", "drop", "truncate"]

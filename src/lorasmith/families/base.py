@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from lorasmith.chat.template import ChatFormat
-from lorasmith.chat.tokenizer import Tokenizer
 from lorasmith.errors import ConfigError
+from lorasmith.text.template import ChatFormat
+from lorasmith.text.tokenizer import Tokenizer
 
 ConfigJson: TypeAlias = Mapping[str, Any]
 FormatFactory: TypeAlias = Callable[[Tokenizer, Sequence[int]], ChatFormat]

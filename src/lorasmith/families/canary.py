@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from lorasmith.chat.fast import FastTokenizer
-from lorasmith.chat.tokenizer import Tokenizer
 from lorasmith.errors import TokenizerError
 from lorasmith.families.base import Family
+from lorasmith.text.fast import FastTokenizer
+from lorasmith.text.tokenizer import Tokenizer
 
 _FIX = "get the model's own tokenizer.json again; one that transformers 5 has saved may be damaged"
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import final
 
-from lorasmith.chat.template import ChatFormat
-from lorasmith.chat.tokenizer import Tokenizer
 from lorasmith.families.base import ConfigJson, Family
+from lorasmith.text.template import ChatFormat
+from lorasmith.text.tokenizer import Tokenizer
 from lorasmith.types import Message, Piece
 
 _BOS, _EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"

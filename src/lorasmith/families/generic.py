@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lorasmith.chat.fast import FastTokenizer
-from lorasmith.chat.jinja import TemplateFormat
-from lorasmith.chat.template import ChatFormat
-from lorasmith.chat.tokenizer import Tokenizer
 from lorasmith.errors import FamilyError
 from lorasmith.families.base import ConfigJson, Family
+from lorasmith.text.fast import FastTokenizer
+from lorasmith.text.jinja import TemplateFormat
+from lorasmith.text.template import ChatFormat
+from lorasmith.text.tokenizer import Tokenizer
 
 
 def _official(tokenizer: Tokenizer, extra_stop_ids: Sequence[int]) -> ChatFormat:

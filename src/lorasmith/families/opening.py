@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lorasmith.chat.loading import load_tokenizer
-from lorasmith.chat.template import ChatFormat
 from lorasmith.families import checked_tokenizer, find_family, stop_ids_of
 from lorasmith.families.base import Family
 from lorasmith.hub.files import read_json, read_json_if_there
+from lorasmith.text.loading import load_tokenizer
+from lorasmith.text.template import ChatFormat
 
 
 def open_family(directory: Path, name: str = "auto") -> Family:

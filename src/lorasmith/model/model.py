@@ -9,9 +9,9 @@ from pathlib import Path
 import peft
 from transformers import PreTrainedModel
 
-from lorasmith.chat.template import ChatFormat
-from lorasmith.chat.tokenizer import Tokenizer
 from lorasmith.families.base import Family
+from lorasmith.text.template import ChatFormat
+from lorasmith.text.tokenizer import Tokenizer
 from lorasmith.types import Conversation, Example, Message
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from lorasmith.chat.template import ChatFormat
-from lorasmith.chat.tokenizer import Tokenizer
 from lorasmith.errors import DataError
+from lorasmith.text.template import ChatFormat
+from lorasmith.text.tokenizer import Tokenizer
 from lorasmith.types import Message, Piece
 
 SPECIAL = {"<|bos|>": 0, "<|user|>": 1, "<|assistant|>": 2, "<|end|>": 3}

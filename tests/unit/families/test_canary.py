@@ -10,11 +10,11 @@ import pytest
 import tokenizers_factory as factory
 from chat_texts import LIKE
 
-from lorasmith.chat.fast import FastTokenizer
-from lorasmith.chat.loading import load_tokenizer
 from lorasmith.errors import TokenizerError
 from lorasmith.families import check_canary, checked_tokenizer, find_family
 from lorasmith.families.canary import load_canary
+from lorasmith.text.fast import FastTokenizer
+from lorasmith.text.loading import load_tokenizer
 
 REAL = {"llama3": "llama3", "deepseek": "deepseek-llm"}
 METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False}

@@ -7,9 +7,9 @@ import pytest
 import tokenizers_factory as factory
 from chat_texts import make_format
 
-from lorasmith.chat.loading import load_tokenizer
 from lorasmith.errors import ConfigError, FamilyError
 from lorasmith.families import all_families, deepseek, find_family, llama3, stop_ids_of
+from lorasmith.text.loading import load_tokenizer
 
 LLAMA3 = {"model_type": "llama", "vocab_size": 128256, "rope_theta": 500000.0}
 DEEPSEEK = {"model_type": "llama", "vocab_size": 102400, "bos_token_id": 100000, "eos_token_id": 100001}

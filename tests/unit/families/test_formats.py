@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from chat_texts import LIKE, make_format
 
-from lorasmith.chat.template import ChatFormat
 from lorasmith.errors import DataError
+from lorasmith.text.template import ChatFormat
 from lorasmith.types import IGNORE_INDEX, Conversation, Message
 
 TALK = (

@@ -7,9 +7,9 @@ import pytest
 import tokenizers_factory as factory
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from lorasmith.chat.fast import FastTokenizer
-from lorasmith.chat.loading import load_tokenizer
 from lorasmith.errors import TokenizerError
+from lorasmith.text.fast import FastTokenizer
+from lorasmith.text.loading import load_tokenizer
 
 TEXT = "你好 naïve ü 👩‍👩‍👧 \n  two  spaces"
 

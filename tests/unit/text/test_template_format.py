@@ -9,10 +9,10 @@ import pytest
 import tokenizers_factory as factory
 from chat_texts import GENERIC
 
-from lorasmith.chat.fast import FastTokenizer
-from lorasmith.chat.jinja import TemplateFormat
-from lorasmith.chat.loading import load_tokenizer
 from lorasmith.errors import DataError, FamilyError
+from lorasmith.text.fast import FastTokenizer
+from lorasmith.text.jinja import TemplateFormat
+from lorasmith.text.loading import load_tokenizer
 from lorasmith.types import IGNORE_INDEX, Conversation, Example, Message
 
 TALK = (

@@ -9,8 +9,8 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from lorasmith.chat.tokenizer import Tokenizer
 from lorasmith.errors import DataError
+from lorasmith.text.tokenizer import Tokenizer
 from lorasmith.types import IGNORE_INDEX, Conversation, Example, Message, Piece
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import tokenizers_factory as factory
 
-from lorasmith.chat.loading import load_tokenizer
 from lorasmith.errors import TokenizerError
+from lorasmith.text.loading import load_tokenizer
 
 
 def test_names_as_text_or_as_added_token(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_older_files_that_transformers_cannot_read(tmp_path: Path) -> None:
 
 def test_chat_and_families_load_no_torch() -> None:
     code = (
-        "import sys, lorasmith.families, lorasmith.chat.loading, lorasmith.chat.jinja\n"
+        "import sys, lorasmith.families, lorasmith.text.loading, lorasmith.text.jinja\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TypeAlias, final
 
-from lorasmith.chat.fast import FastTokenizer
-from lorasmith.chat.render import SPAN_END, SPAN_START, ChatTemplate, take_spans
-from lorasmith.chat.template import ChatFormat
 from lorasmith.errors import DataError, FamilyError
+from lorasmith.text.fast import FastTokenizer
+from lorasmith.text.render import SPAN_END, SPAN_START, ChatTemplate, take_spans
+from lorasmith.text.template import ChatFormat
 from lorasmith.types import Message, Piece
 
 Span: TypeAlias = tuple[int, int]

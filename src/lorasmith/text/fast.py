@@ -12,8 +12,8 @@ from typing import Any, final
 import tokenizers
 import tokenizers.models
 
-from lorasmith.chat.tokenizer import Tokenizer
 from lorasmith.errors import TokenizerError
+from lorasmith.text.tokenizer import Tokenizer
 
 _HALF_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
