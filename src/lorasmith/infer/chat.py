@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from queue import SimpleQueue
@@ -34,7 +34,7 @@ class ChatSession:
         self.last: Completion | None = None
         """The last answer."""
 
-    def stream(self, text: str) -> Iterator[str]:
+    def stream(self, text: str) -> Generator[str, None, None]:
         """The answer to `text` while it is written, in whole characters; joined it is `last.content`.
 
         Closing the iterator (or Ctrl-C) stops at the next token, and what was shown stays in the history
