@@ -31,7 +31,7 @@ class CharacterTokenizer(Tokenizer):
     def pad_id(self) -> int:
         return SPECIAL["<|bos|>"]
 
-    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_all(self, texts: Sequence[str], *, starts: Sequence[bool] | None = None) -> list[list[int]]:
         """ "☠" is what this tokenizer cannot encode: it loses it."""
         return [[ord(letter) + len(SPECIAL) for letter in text if letter != "☠"] for text in texts]
 
