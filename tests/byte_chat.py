@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lorasmith.chat.template import ChatFormat
-from lorasmith.chat.tokenizer import Tokenizer
 from lorasmith.families.base import Family
 from lorasmith.model.model import Model
+from lorasmith.text.template import ChatFormat
+from lorasmith.text.tokenizer import Tokenizer
 from lorasmith.types import Message, Piece
 
 SPECIAL_TOKENS = {"<system>": 256, "<user>": 257, "<assistant>": 258, "<end>": 259, "<eos>": 260}

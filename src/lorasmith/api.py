@@ -17,6 +17,7 @@ from lorasmith.config import (
     Dtype,
     GenerateConfig,
     LoraConfig,
+    ModelConfig,
     RunConfig,
     TrainConfig,
     validate,
@@ -142,12 +143,15 @@ def load_model(
     chat = ChatSettings(path_or_repo, family, chat_format or "official", None)
     if is_adapter_dir(run):
         chat, adapter = read_chat_settings(run), str(adapter_of(run, checkpoint))
-    directory = download(chat.base, hub=hub, revision=revision)
-    wanted = chat.family if family == "auto" else family
-    found, written = open_chat(directory, wanted, chat_format or chat.chat_format)
+    asked = {"dtype": dtype, "device": device, "hub": hub, "revision": revision}
+    wanted = {"family": chat.family if family == "auto" else family, "path": _absolute(chat.base)}
+    wanted["chat_format"] = chat_format or chat.chat_format
+    config = validate(ModelConfig, {**asked, **wanted}, where="load_model")
+    directory = download(config.path, hub=config.hub, revision=config.revision)
+    found, written = open_chat(directory, config.family, config.chat_format)
     module = load_module(str(directory), family=found.name, dtype=dtype, device=device, adapter=adapter)
-    source = _absolute(chat.base)
-    return Model(module, written.tokenizer, found, written, directory, source, chat.system)
+    settled = config.model_copy(update={"family": found.name})
+    return Model(module, written.tokenizer, found, written, directory, settled, chat.system)
 
 
 def load_dataset(path: str, model: Model | ChatFormat, **options: Any) -> Dataset:
@@ -175,16 +179,14 @@ def train(
     train: TrainConfig | None = None,
     resume: bool = False,
     reporter: Reporter | None = None,
-    run_config: RunConfig | None = None,
     storage: Storage | None = None,
 ) -> Run:
     """Fine-tune a LoRA adapter; `model` carries it afterwards, and `output_dir` holds it.
 
-    `run_config` is what config.yaml records beside `lora` and `train`. Raises: SetupError if a run lies in
-    `output_dir` and `resume` is False; DataError for examples that this model cannot take; DivergedError;
-    StorageError.
+    Raises: SetupError if a run lies in `output_dir` and `resume` is False; DataError for examples that this
+    model cannot take; DivergedError; StorageError.
     """
-    from lorasmith.data.dataset import fingerprint
+    from lorasmith.data.dataset import Dataset, fingerprint
     from lorasmith.evaluation.loss import held_out_loss
     from lorasmith.model.model import Model
     from lorasmith.training.progress import default_reporter
@@ -193,15 +195,17 @@ def train(
 
     lora, train = lora or LoraConfig(), train or TrainConfig()
     train = train.model_copy(update={"output_dir": str(output_dir)})
-    config = (run_config or RunConfig()).model_copy(update={"lora": lora, "train": train})
     examples, held_out = _examples_of(data)
     tuned = model if isinstance(model, Model) else None
+    rows = data.config if isinstance(data, Dataset) else DataConfig()
+    config = RunConfig(model=tuned.config if tuned else ModelConfig(), data=rows, lora=lora, train=train)
+    module = model.module if isinstance(model, Model) else model
     session = Session(
-        tuned.module if tuned else model,
+        module,
         _loader(examples, train),
         config,
         family_targets=tuned.family.target_modules if tuned else None,
-        chat=_chat_settings(tuned, config.data.system) if tuned else None,
+        chat=_chat_settings(tuned, rows.system) if tuned else None,
         data_fingerprint=fingerprint(examples),
         largest_id=max(int(example.input_ids.max()) for example in [*examples, *held_out]),
         resume=resume,
@@ -211,7 +215,7 @@ def train(
     batches = _one_pass(held_out, train.max_tokens)
     result = session.run((lambda: held_out_loss(session.model, batches)) if batches else None)
     if tuned:
-        tuned.module, tuned.system = session.model, config.data.system
+        tuned.module, tuned.system = session.model, rows.system
     return Run(
         output_dir=session.run_dir,
         step=result.step,
@@ -246,7 +250,6 @@ def run(
         dtype=config.model.dtype,
         device=config.model.device,
     )
-    settled = config.model.model_copy(update={"path": model.source, "family": model.family.name})
     return train(
         model,
         prepared.data,
@@ -255,7 +258,6 @@ def run(
         train=config.train,
         resume=resume,
         reporter=reporter,
-        run_config=config.model_copy(update={"model": settled}),
     )
 
 
@@ -394,7 +396,7 @@ def _examples_of(data: Dataset | Sequence[Example]) -> tuple[Sequence[Example], 
 def _chat_settings(model: Model, system: str | None) -> ChatSettings:
     from lorasmith.training.run_dir import ChatSettings
 
-    return ChatSettings(model.source, model.family.name, model.chat_format.name, system)
+    return ChatSettings(model.config.path, model.family.name, model.chat_format.name, system)
 
 
 def _absolute(path_or_repo: str) -> str:

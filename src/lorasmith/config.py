@@ -238,7 +238,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def to_yaml(section: Section) -> str:
-    return yaml.safe_dump(section.model_dump(), allow_unicode=True, sort_keys=False)
+    text: str = yaml.safe_dump(section.model_dump(), allow_unicode=True, sort_keys=False)
+    return text
 
 
 def _parse_yaml(text: str, *, where: str) -> Any:
@@ -256,7 +257,7 @@ class _StrictLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
+            event = self.peek_event()  # type: ignore[no-untyped-call]
             raise yaml.constructor.ConstructorError(
                 None, None, "aliases (*name) are not allowed", event.start_mark
             )

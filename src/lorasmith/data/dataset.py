@@ -44,6 +44,8 @@ class Dataset(Sequence[Example]):
     held_out: tuple[Example, ...]
     held_out_conversations: tuple[Conversation, ...]
     report: DataReport
+    config: DataConfig
+    """How it was loaded: a run records it, and chat takes its system prompt."""
     eval_report: DataReport | None = None
     """Where the held-out rows are a file of their own."""
     dropped: tuple[str, ...] = ()
@@ -101,6 +103,7 @@ def load(
         held_out=held_fit.examples,
         held_out_conversations=_still_there(held_out, held_fit) if held_out else (),
         report=reports[0],
+        config=config,
         eval_report=reports[1] if len(reports) == 2 else None,
         dropped=train_fit.dropped + held_fit.dropped,
         truncated=train_fit.truncated + held_fit.truncated,

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from transformers.generation import BaseStreamer, StoppingCriteria
 
-from lorasmith.chat.template import ChatFormat
 from lorasmith.config import GenerateConfig
 from lorasmith.errors import ConfigError
 from lorasmith.infer.decode import Decoded, decode, stop_ids
 from lorasmith.infer.generate import completion, generate, require_room, with_system
 from lorasmith.model.model import Model
+from lorasmith.text.template import ChatFormat
 from lorasmith.types import Completion, Conversation, Example, Message
 
 

@@ -67,7 +67,7 @@ def peft_lora_config(
         )
     peft_config = peft.LoraConfig(
         r=config.r,
-        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # peft multiplies; it takes a float
+        lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=_explicit_targets(module, config, family_targets),
         modules_to_save=config.modules_to_save,

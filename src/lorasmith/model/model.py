@@ -9,6 +9,7 @@ from pathlib import Path
 import peft
 from transformers import PreTrainedModel
 
+from lorasmith.config import ModelConfig
 from lorasmith.families.base import Family
 from lorasmith.text.template import ChatFormat
 from lorasmith.text.tokenizer import Tokenizer
@@ -26,8 +27,8 @@ class Model:
     chat_format: ChatFormat
     directory: Path
     """Of the base model."""
-    source: str
-    """What the base model was asked for as: a hub name or a directory. Adapters name it as their base."""
+    config: ModelConfig
+    """How it was loaded. Adapters name `config.path`, a hub name or a directory, as their base."""
     system: str | None = None
     """The system prompt that a run was trained with; put before conversations that have none."""
 

@@ -79,7 +79,7 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 def newest_checkpoint(run_dir: Path) -> tuple[Path | None, dict[Path, str]]:
     """The newest checkpoint that verifies, and those passed over with the reason."""
-    skipped = {}
+    skipped: dict[Path, str] = {}
     for path in reversed(list_checkpoints(run_dir)):
         problem = damage(path)
         if problem is None:
