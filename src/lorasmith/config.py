@@ -304,7 +304,7 @@ def _describe(section: type[Section], item: Any) -> str:
         near = difflib.get_close_matches(names[-1], known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
         return f"unknown key {dotted}{hint}"
-    message = item["msg"].removeprefix("Value error, ")
+    message: str = item["msg"].removeprefix("Value error, ")
     if not dotted:
         return message
     return f"{dotted}: {message[0].lower()}{message[1:]} (got {item['input']!r})"
