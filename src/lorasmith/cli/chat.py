@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
@@ -21,6 +21,7 @@ from lorasmith.cli.options import (
     Hub,
     Source,
     System,
+    load_checked,
     with_sampling,
 )
 from lorasmith.config import GenerateConfig
@@ -56,10 +57,16 @@ def chat(
     sampling: GenerateConfig,
 ) -> None:
     """Talk to a model or a run; piped in, each line is a prompt."""
-    from lorasmith.api import load_model
-
-    options: dict[str, Any] = {"family": family, "chat_format": chat_format, "dtype": dtype, "hub": hub}
-    model = load_model(model_or_run, **options, device=device, adapter=adapter, checkpoint=checkpoint)
+    model = load_checked(
+        model_or_run,
+        adapter=adapter,
+        checkpoint=checkpoint,
+        family=family,
+        chat_format=chat_format,
+        dtype=dtype,
+        device=device,
+        hub=hub,
+    )
     voices = voices_of(model, sampling, system, compare=compare)
     if prompt is not None:
         answer(voices, prompt, sys.stdout)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
@@ -21,6 +21,7 @@ from lorasmith.cli.options import (
     Hub,
     Source,
     System,
+    load_checked,
     with_sampling,
 )
 from lorasmith.cli.prompts import PromptRow, answered, read_prompts
@@ -53,13 +54,20 @@ def generate(
     """Answer a file of prompts."""
     rows = read_prompts(data)
     refuse_overwriting(output, force=force)
-    from lorasmith.api import load_model
-    from lorasmith.infer.generate import encode_prompts
-
-    options: dict[str, Any] = {"family": family, "chat_format": chat_format, "dtype": dtype, "hub": hub}
-    model = load_model(model_or_run, **options, device=device, adapter=adapter, checkpoint=checkpoint)
+    model = load_checked(
+        model_or_run,
+        adapter=adapter,
+        checkpoint=checkpoint,
+        family=family,
+        chat_format=chat_format,
+        dtype=dtype,
+        device=device,
+        hub=hub,
+    )
     if system is not None:
         model = replace(model, system=system)
+    from lorasmith.infer.generate import encode_prompts
+
     prompts = encode_prompts(model, [row.conversation for row in rows])
     with opened(output, force=force) as file:
         for done in write_answers(model, rows, prompts, sampling, file, batch_size=batch_size):

@@ -5,11 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import wraps
-from typing import Annotated, Any, TypeAlias, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, get_type_hints
 
 import typer
 
 from lorasmith.config import GenerateConfig, ModelConfig, validate
+
+if TYPE_CHECKING:
+    from lorasmith.model.model import Model
 
 
 def _told(field: str) -> Any:
@@ -32,6 +35,21 @@ DtypeName: TypeAlias = Annotated[str, _told("dtype")]
 Device: TypeAlias = Annotated[str, _told("device")]
 Hub: TypeAlias = Annotated[str, _told("hub")]
 Revision: TypeAlias = Annotated[str | None, _told("revision")]
+
+
+def load_checked(
+    model_or_run: str, *, adapter: str | None, checkpoint: int | None, **options: str | None
+) -> Model:
+    """`api.load_model` with options that are known to be good, so that a typo costs no loading of torch.
+
+    `options` are family, chat_format, dtype, device and hub. Raises: ConfigError naming a bad one.
+    """
+    stated = {name: value for name, value in options.items() if value is not None}
+    validate(ModelConfig, stated, where="command line")
+    from lorasmith.api import load_model
+
+    chosen: dict[str, Any] = dict(options)
+    return load_model(model_or_run, adapter=adapter, checkpoint=checkpoint, **chosen)
 
 
 def with_sampling(command: Callable[..., None]) -> Callable[..., None]:

@@ -143,7 +143,17 @@ def test_each_sampling_knob_is_a_flag_with_its_default_and_words() -> None:
         assert not field.default or f"[default: {field.default}]" in shown
 
 
-@pytest.mark.parametrize("flags", [["--temperature", "0"], ["--top-p", "2"], ["--seed", "-1"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--temperature", "0"],
+        ["--top-p", "2"],
+        ["--seed", "-1"],
+        ["--dtype", "int4"],
+        ["--hub", "github"],
+        ["--chat-format", "alpaca"],
+    ],
+)
 def test_a_knob_out_of_range_is_a_config_error_before_anything_is_loaded(flags: list[str]) -> None:
     app = typer.Typer()
     app.command()(command.chat)
