@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lorasmith.config import ModelConfig
 from lorasmith.families.base import Family
 from lorasmith.model.model import Model
 from lorasmith.text.template import ChatFormat
@@ -86,6 +87,7 @@ def byte_model(
         family=family,
         chat_format=chat_format,
         directory=Path("byte"),
+        config=ModelConfig(path="byte"),
         system=system,
     )
 
