@@ -33,8 +33,10 @@ def demo(
             "train.output_dir": str(run_dir),
         },
     )
-    typer.echo("The embedded base model answers 20 held-out questions, learns a voice from")
-    typer.echo("the embedded persona, and answers the same questions again.\n")
+    typer.echo(
+        f"The embedded base model answers {len(questions)} held-out questions, learns a voice from the"
+    )
+    typer.echo("embedded persona, and answers the same questions again.\n")
     before = answer(api.load_model(str(_ASSETS / "tiny"), dtype=recipe.model.dtype), questions)
     run = api.run(recipe, on_data=say_data)
     after = answer(api.load_model(str(run_dir), dtype=recipe.model.dtype), questions)
@@ -86,7 +88,9 @@ def _show(questions: list[dict[str, object]], before: list[str], after: list[str
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("held-out question", "before", "after", show_lines=False, expand=False)
+    table = Table(show_lines=False)
+    for title in ("held-out question", "before", "after"):
+        table.add_column(title, overflow="fold")
     for question, old, new in zip(questions, before, after, strict=True):
         mark = "green" if _in_persona(question, new) else "yellow"
         table.add_row(str(question["instruction"]), f"[dim]{old}[/dim]", f"[{mark}]{new}[/{mark}]")
