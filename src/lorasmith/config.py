@@ -23,7 +23,9 @@ DataFormat = Literal["auto", "alpaca", "sharegpt", "messages", "prompt-completio
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True
+    )
 
 
 class ModelConfig(Section):

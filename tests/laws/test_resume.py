@@ -119,7 +119,7 @@ def test_no_run_starts_over_in_silence(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "change"),
     [
-        ("config", {"learning_rate": 1e-3}),
+        ("train.learning_rate", {"learning_rate": 1e-3}),
         ("data", {"data": examples(14, seed=5)}),
         ("base", {"kind": "deepseek"}),
     ],
@@ -127,7 +127,7 @@ def test_no_run_starts_over_in_silence(tmp_path):
 def test_another_run_s_checkpoint_is_refused(tmp_path, changed, change):
     fit(save_tiny("llama3", tmp_path / "llama3"), tmp_path / "run")
     base = save_tiny(change.pop("kind", "llama3"), tmp_path / "other")
-    with pytest.raises(CheckpointError, match=f"its {changed} differ"):
+    with pytest.raises(CheckpointError, match=f"another run: {changed} changed"):
         fit(base, tmp_path / "run", resume=True, **change)
 
 

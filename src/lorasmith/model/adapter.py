@@ -14,6 +14,7 @@ import peft
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 from transformers import PreTrainedModel
@@ -67,7 +68,7 @@ def peft_lora_config(
         )
     peft_config = peft.LoraConfig(
         r=config.r,
-        lora_alpha=config.lora_alpha,
+        lora_alpha=_whole(config.lora_alpha),
         lora_dropout=config.lora_dropout,
         target_modules=_explicit_targets(module, config, family_targets),
         modules_to_save=config.modules_to_save,
@@ -90,7 +91,7 @@ def load_adapter(module: PreTrainedModel, directory: Path, *, trainable: bool = 
     try:
         with quiet_peft():
             model = peft.PeftModel.from_pretrained(module, str(directory), is_trainable=trainable)
-    except (ValueError, RuntimeError, KeyError, OSError, TypeError) as error:
+    except (ValueError, RuntimeError, KeyError, OSError, TypeError, SafetensorError) as error:
         raise SetupError(
             "the adapter does not fit this base model",
             where=str(directory),
@@ -190,6 +191,11 @@ def _take_dropout(model: peft.PeftModel, config: LoraConfig) -> None:
             )
     if "lora_dropout" in config.model_fields_set:
         own.lora_dropout = config.lora_dropout
+
+
+def _whole(number: float) -> float:
+    """32, not 32.0: other readers of adapter_config.json take integers only."""
+    return int(number) if number.is_integer() else number
 
 
 def _plain(value: Any) -> Any:

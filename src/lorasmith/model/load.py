@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -74,7 +76,14 @@ def load_base(
                 local_files_only=True,
                 output_loading_info=True,
             )
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
+    except pickle.UnpicklingError as error:
+        raise SetupError(
+            "the weights hold more than tensors",
+            where=str(directory),
+            why="a .bin file is a pickle, and this one names code to run; it was not run",
+            fix="get the model from a source you trust, best as safetensors",
+        ) from error
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError) as error:
         reason = str(error).strip().splitlines()
         raise SetupError(
             "the weights cannot be read",

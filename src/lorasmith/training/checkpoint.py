@@ -35,8 +35,8 @@ class TrainState:
     best_step: int | None = None
     best_eval_loss: float | None = None
     evals_since_best: int = 0
-    fingerprints: Mapping[str, str] = field(default_factory=dict)
-    """What the run depends on: {"config": ..., "data": ..., "base": ...}."""
+    depends_on: Mapping[str, Any] = field(default_factory=dict)
+    """What the adapter is a function of: each setting by its dotted key, and hashes of data and base."""
 
     def after(self, loss: float, num_targets: float) -> TrainState:
         return replace(
@@ -108,14 +108,15 @@ def read_state(path: Path) -> TrainState:
     return TrainState(**tree)
 
 
-def require_same_run(state: TrainState, fingerprints: Mapping[str, str], path: Path) -> None:
+def require_same_run(state: TrainState, depends_on: Mapping[str, Any], path: Path) -> None:
     """Raises: CheckpointError naming what changed since the checkpoint was written."""
-    changed = [name for name, value in fingerprints.items() if state.fingerprints.get(name) != value]
+    changed = [name for name, value in depends_on.items() if state.depends_on.get(name) != value]
     if changed:
+        told = [f"{name} was {state.depends_on.get(name)!r}, is {depends_on[name]!r}" for name in changed]
         raise CheckpointError(
-            f"this checkpoint belongs to another run: its {' and '.join(changed)} differ",
+            f"this checkpoint belongs to another run: {', '.join(changed)} changed",
             where=str(path),
-            why="going on would give neither the old run nor the new one",
+            why="; ".join(told),
             fix="resume with the config, data and base it was started with, or choose a new train.output_dir",
         )
 

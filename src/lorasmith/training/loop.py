@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import peft
 import torch
@@ -21,7 +21,6 @@ from lorasmith.training.checkpoint import (
     checkpoint_dir,
     prune,
     read_state,
-    require_same_run,
     restore,
     save_checkpoint,
 )
@@ -66,7 +65,7 @@ class Fit:
         *,
         run_dir: Path,
         clock: DropoutClock,
-        fingerprints: dict[str, str],
+        depends_on: Mapping[str, Any],
         held_out_loss: Callable[[], float] | None,
         reporter: Reporter,
         storage: Storage,
@@ -77,10 +76,9 @@ class Fit:
         self.held_out_loss = held_out_loss
         self.total_steps = total_steps(source, config)
         self.optimizer = make_optimizer(model, config)
-        self.state = TrainState(fingerprints=fingerprints)
+        self.state = TrainState(depends_on=depends_on)
         if resume_from is not None:
             self.state = read_state(resume_from)
-            require_same_run(self.state, fingerprints, resume_from)
             restore(resume_from, model, self.optimizer)
         self.log = MetricsLog(storage, run_dir, resumed_at=self.state.step if resume_from else None)
         self._window_tokens, self._window_start = 0, time.monotonic()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from lorasmith.errors import ConfigError, DataError
 from lorasmith.model.adapter import attach_lora
 from lorasmith.model.dropout import DropoutClock
 from lorasmith.model.load import module_dtype
+from lorasmith.training.checkpoint import read_state, require_same_run
 from lorasmith.training.loop import Fit, FitResult, StepSource
 from lorasmith.training.progress import Reporter
 from lorasmith.training.run_dir import ChatSettings, open_run_dir, write_settings
@@ -52,11 +54,13 @@ class Session:
         self.config = _resolved(config, base)
         self._source, self._reporter, self._storage = source, reporter, storage
         self._resume_from = open_run_dir(storage, self.run_dir, resume=resume, reporter=reporter)
-        self._fingerprints = {
-            "config": _config_fingerprint(self.config),
+        self._depends_on = {
+            **_settings(self.config),
             "data": data_fingerprint,
             "base": _base_fingerprint(base),
         }
+        if self._resume_from is not None:
+            require_same_run(read_state(self._resume_from), self._depends_on, self._resume_from)
         self._clock = DropoutClock(config.train.seed)
         self.model = attach_lora(
             base,
@@ -74,7 +78,7 @@ class Session:
             self.config.train,
             run_dir=self.run_dir,
             clock=self._clock,
-            fingerprints=self._fingerprints,
+            depends_on=self._depends_on,
             held_out_loss=held_out_loss,
             reporter=self._reporter,
             storage=self._storage,
@@ -110,9 +114,15 @@ def _resolved(config: RunConfig, base: PreTrainedModel) -> RunConfig:
     return config.model_copy(update={"model": model})
 
 
-def _config_fingerprint(config: RunConfig) -> str:
-    relevant = (config.lora, config.train.model_dump(exclude=_NOT_THE_RESULT), config.model.dtype)
-    return hashlib.sha256(repr(relevant).encode()).hexdigest()
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """Every setting that the adapter depends on, by its dotted key."""
+    lora = {f"lora.{key}": value for key, value in config.lora.model_dump().items()}
+    train = config.train.model_dump(exclude=_NOT_THE_RESULT)
+    return {
+        **lora,
+        **{f"train.{key}": value for key, value in train.items()},
+        "model.dtype": config.model.dtype,
+    }
 
 
 def _base_fingerprint(base: PreTrainedModel) -> str:
