@@ -20,6 +20,9 @@ VARIANTS = {
     "head in full": {"modules_to_save": ["lm_head"]},
     "regex": {"target_modules": r".*\.(q_proj|down_proj)"},
     "gaussian": {"init_lora_weights": "gaussian"},
+    "pissa": {"init_lora_weights": "pissa"},
+    "pissa, fast, rslora": {"init_lora_weights": "pissa_niter_4", "use_rslora": True},
+    "olora": {"init_lora_weights": "olora"},
 }
 
 

@@ -16,6 +16,7 @@ from lorasmith.training.checkpoint import list_checkpoints
 from lorasmith.training.progress import SilentReporter
 from lorasmith.training.storage import Storage
 
+VARIANTS = {"lora": {}, "dora": {"use_dora": True}, "pissa": {"init_lora_weights": "pissa"}}
 TRAIN = {
     "num_epochs": 4,
     "batch_size": 3,
@@ -60,7 +61,7 @@ def result(run):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("lora", [{}, {"use_dora": True}], ids=["lora", "dora"])
+@pytest.mark.parametrize("lora", VARIANTS.values(), ids=VARIANTS)
 def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, kind, lora):
     directory = save_tiny(kind, tmp_path / "base")
     lora = ls.LoraConfig(r=4, lora_dropout=0.2, **lora)

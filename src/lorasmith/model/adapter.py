@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,10 @@ from lorasmith.config import LoraConfig
 from lorasmith.errors import ConfigError, SetupError
 from lorasmith.hub.files import read_json
 from lorasmith.model.dropout import DropoutClock, use_stateless_dropout
+from lorasmith.model.mutated_init import as_plain_lora, moves_base_weights, plain_config
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
-_TIED_TO_BASE = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga")
-"""Initialisations that rewrite the base weights, so that the adapter alone would not be the result."""
 
 
 def attach_lora(
@@ -59,13 +58,6 @@ def peft_lora_config(
     module: nn.Module, config: LoraConfig, *, family_targets: Sequence[str] | None, base_name: str
 ) -> peft.LoraConfig:
     """Our section as peft's, with explicit targets that are known to match. See `attach_lora`."""
-    init = config.init_lora_weights
-    if isinstance(init, str) and init.startswith(_TIED_TO_BASE):
-        raise ConfigError(
-            f"lora.init_lora_weights {init!r} is not supported",
-            why="it rewrites the base weights, so that the adapter would be wrong on the original model",
-            fix="use true, gaussian or orthogonal",
-        )
     peft_config = peft.LoraConfig(
         r=config.r,
         lora_alpha=_whole(config.lora_alpha),
@@ -74,10 +66,11 @@ def peft_lora_config(
         modules_to_save=config.modules_to_save,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
-        init_lora_weights=init,
+        init_lora_weights=config.init_lora_weights,
         base_model_name_or_path=base_name,
         task_type="CAUSAL_LM",
     )
+    moves_base_weights(config)
     _require_matches(module, peft_config)
     return peft_config
 
@@ -106,13 +99,28 @@ def adapter_tensors(model: peft.PeftModel) -> dict[str, torch.Tensor]:
     return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
 
 
-def adapter_files(model: peft.PeftModel) -> dict[str, bytes]:
-    """adapter_config.json and adapter_model.safetensors: the same adapter always gives the same bytes."""
-    tensors = {name: t.detach().cpu().contiguous() for name, t in sorted(adapter_tensors(model).items())}
-    tree = {key: _plain(value) for key, value in model.peft_config["default"].to_dict().items()}
-    tree["inference_mode"] = True
+def adapter_files(
+    model: peft.PeftModel, initial: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, bytes]:
+    """adapter_config.json and adapter_model.safetensors: the same adapter always gives the same bytes.
+
+    `initial`: the adapter's first tensors, if its initialisation moved base weights (see mutated_init).
+    """
+    config = model.peft_config["default"]
+    tree = {key: _plain(value) for key, value in config.to_dict().items()} | {"inference_mode": True}
+    tensors = adapter_tensors(model)
+    if initial is not None:
+        tensors, tree = as_plain_lora(tensors, initial), tree | plain_config(config)
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
     text = json.dumps(dict(sorted(tree.items())), indent=2, ensure_ascii=False) + "\n"
-    return {ADAPTER_CONFIG: text.encode(), ADAPTER_WEIGHTS: save(tensors, metadata={"format": "pt"})}
+    return {ADAPTER_CONFIG: text.encode(), ADAPTER_WEIGHTS: save(ready, metadata={"format": "pt"})}
+
+
+def initial_tensors(model: peft.PeftModel, config: LoraConfig) -> dict[str, torch.Tensor] | None:
+    """A copy of a fresh adapter, where its initialisation moved base weights into it; else None."""
+    if config.init_from is not None or not moves_base_weights(config):
+        return None
+    return {name: tensor.detach().clone() for name, tensor in adapter_tensors(model).items()}
 
 
 def restore_adapter(model: peft.PeftModel, directory: Path) -> None:

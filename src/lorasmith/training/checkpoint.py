@@ -20,6 +20,7 @@ from lorasmith.training.storage import Storage
 
 FORMAT = 1
 _MANIFEST, _STATE, _OPTIMIZER = "MANIFEST.json", "state.json", "optimizer.safetensors"
+_VALUE = "/value"
 _STEP_DIR = re.compile(r"step-(\d{6,})")
 
 
@@ -57,11 +58,12 @@ def save_checkpoint(
     state: TrainState,
     model: peft.PeftModel,
     optimizer: torch.optim.Optimizer,
+    initial: Mapping[str, torch.Tensor] | None,
 ) -> Path:
-    """Raises: StorageError; earlier checkpoints are untouched then."""
+    """`initial` as for `adapter_files`. Raises: StorageError; earlier checkpoints are untouched then."""
     files = {
-        **adapter_files(model),
-        _OPTIMIZER: _optimizer_bytes(model, optimizer),
+        **adapter_files(model, initial),
+        _OPTIMIZER: _optimizer_bytes(model, optimizer, with_values=initial is not None),
         _STATE: _json_bytes({"format": FORMAT, **asdict(state)}),
     }
     files[_MANIFEST] = _json_bytes({name: _fingerprint(data) for name, data in files.items()})
@@ -123,15 +125,16 @@ def require_same_run(state: TrainState, depends_on: Mapping[str, Any], path: Pat
 
 def restore(path: Path, model: peft.PeftModel, optimizer: torch.optim.Optimizer) -> None:
     """Put a checkpoint's adapter and moments back, bit by bit."""
-    restore_adapter(model, path)
     tensors = load_file(path / _OPTIMIZER)
+    if not any(key.endswith(_VALUE) for key in tensors):
+        restore_adapter(model, path)
     for name, parameter in trainable_parameters(model).items():
-        prefix = f"{name}/"
-        moments = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
-        if moments:
-            optimizer.state[parameter] = {
-                key: t if key == "step" else t.to(parameter.device) for key, t in moments.items()
-            }
+        own = {key.removeprefix(name): t for key, t in tensors.items() if key.startswith(f"{name}/")}
+        if _VALUE in own:
+            parameter.data.copy_(own.pop(_VALUE))
+        optimizer.state[parameter] = {
+            key.removeprefix("/"): t if key == "/step" else t.to(parameter.device) for key, t in own.items()
+        }
 
 
 def prune(storage: Storage, run_dir: Path, keep: int | None, best_step: int | None) -> None:
@@ -147,12 +150,14 @@ def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def _optimizer_bytes(model: peft.PeftModel, optimizer: torch.optim.Optimizer) -> bytes:
-    tensors = {
-        f"{name}/{key}": value.detach().cpu().contiguous()
-        for name, parameter in trainable_parameters(model).items()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
+def _optimizer_bytes(model: peft.PeftModel, optimizer: torch.optim.Optimizer, *, with_values: bool) -> bytes:
+    """AdamW's moments; also the parameters, where the adapter's file does not hold them as they are."""
+    tensors = {}
+    for name, parameter in trainable_parameters(model).items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{name}/{key}"] = value.detach().cpu().contiguous()
+        if with_values:
+            tensors[name + _VALUE] = parameter.detach().cpu().contiguous()
     return save(dict(sorted(tensors.items())))
 
 

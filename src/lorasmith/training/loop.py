@@ -12,7 +12,7 @@ import peft
 import torch
 
 from lorasmith.config import TrainConfig
-from lorasmith.model.adapter import adapter_files, restore_adapter, trainable_parameters
+from lorasmith.model.adapter import adapter_files, trainable_parameters
 from lorasmith.model.checkpointing import activation_checkpointing
 from lorasmith.model.dropout import DropoutClock
 from lorasmith.model.packed import packed_attention
@@ -65,6 +65,7 @@ class Fit:
         *,
         run_dir: Path,
         clock: DropoutClock,
+        initial: Mapping[str, torch.Tensor] | None,
         depends_on: Mapping[str, Any],
         held_out_loss: Callable[[], float] | None,
         reporter: Reporter,
@@ -73,7 +74,7 @@ class Fit:
     ) -> None:
         self.model, self.source, self.config = model, source, config
         self.run_dir, self.clock, self.reporter, self.storage = run_dir, clock, reporter, storage
-        self.held_out_loss = held_out_loss
+        self.held_out_loss, self.initial = held_out_loss, initial
         self.total_steps = total_steps(source, config)
         self.optimizer = make_optimizer(model, config)
         self.state = TrainState(depends_on=depends_on)
@@ -180,15 +181,15 @@ class Fit:
 
     def _save(self) -> None:
         started = time.monotonic()
-        save_checkpoint(self.storage, self.run_dir, self.state, self.model, self.optimizer)
+        save_checkpoint(self.storage, self.run_dir, self.state, self.model, self.optimizer, self.initial)
         prune(self.storage, self.run_dir, self.config.save_total_limit, self.state.best_step)
         self._window_start += time.monotonic() - started
 
     def _publish(self) -> None:
         """The run directory becomes an adapter directory."""
         if self.config.final_adapter == "best" and self.state.best_step is not None:
-            restore_adapter(self.model, checkpoint_dir(self.run_dir, self.state.best_step))
-        for name, data in adapter_files(self.model).items():
+            restore(checkpoint_dir(self.run_dir, self.state.best_step), self.model, self.optimizer)
+        for name, data in adapter_files(self.model, self.initial).items():
             self.storage.replace(self.run_dir / name, data)
         draw_losses(self.storage, self.run_dir, read_metrics(self.run_dir))
 

@@ -10,6 +10,7 @@ from typing import Any
 from lorasmith.training.storage import Storage
 
 LOSS_PICTURE = "loss.png"
+_ENOUGH_TO_SMOOTH = 100
 
 
 def draw_losses(storage: Storage, run_dir: Path, metrics: Sequence[dict[str, Any]]) -> None:
@@ -22,8 +23,11 @@ def draw_losses(storage: Storage, run_dir: Path, metrics: Sequence[dict[str, Any
     axes = figure.add_subplot()
     if losses:
         steps, values = zip(*losses, strict=True)
-        axes.plot(steps, values, color="#9db8d9", linewidth=1, label="training loss")
-        axes.plot(steps, smoothed(values), color="#1f4e8c", linewidth=2, label="smoothed")
+        if len(values) < _ENOUGH_TO_SMOOTH:
+            axes.plot(steps, values, color="#1f4e8c", linewidth=2, label="training loss")
+        else:
+            axes.plot(steps, values, color="#9db8d9", linewidth=1, label="training loss")
+            axes.plot(steps, smoothed(values), color="#1f4e8c", linewidth=2, label="smoothed")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), color="#d1572a", marker="o", label="held-out loss")
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=run_dir.name)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from lorasmith.config import RunConfig
 from lorasmith.errors import ConfigError, DataError
-from lorasmith.model.adapter import attach_lora
+from lorasmith.model.adapter import attach_lora, initial_tensors
 from lorasmith.model.dropout import DropoutClock
 from lorasmith.model.load import module_dtype
 from lorasmith.training.checkpoint import read_state, require_same_run
@@ -69,6 +69,7 @@ class Session:
             base_name=chat.base if chat else base.name_or_path,
             clock=self._clock,
         )
+        self._initial = initial_tensors(self.model, config.lora)
         write_settings(storage, self.run_dir, self.config, chat)
 
     def run(self, held_out_loss: Callable[[], float] | None) -> FitResult:
@@ -78,6 +79,7 @@ class Session:
             self.config.train,
             run_dir=self.run_dir,
             clock=self._clock,
+            initial=self._initial,
             depends_on=self._depends_on,
             held_out_loss=held_out_loss,
             reporter=self._reporter,
