@@ -16,12 +16,11 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from corpus import dialogues
+from muon import Muon
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-from corpus import dialogues
-from muon import Muon
 
 SPECIALS = ["<|pad|>", "<|start|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 PAD, START, END, ASSISTANT = 0, 1, 2, 5
