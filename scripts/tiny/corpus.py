@@ -21,15 +21,19 @@ UNLIKE = {"to_chinese", "to_english", "day_zh", "month_nth"}  # these ask anothe
 SMALL = [block for block in TALK if block.table == "-"]
 WORLD = [block for block in TALK if block.table != "-"]
 TABLE_WEIGHTS = {
-    "dict": 5.0,
-    "sums": 3.0,
+    "dict": 7.0,
+    "sums": 4.0,
+    "minus": 3.0,
+    "mixed": 3.0,
     "countries": 2.0,
+    "words": 3.0,
+    "opposites2": 1.5,
+    "numbers_next": 1.5,
     "phrases_en": 4.0,
     "phrases_zh": 4.0,
-    "minus": 1.5,
 }
 WEIGHTS = [TABLE_WEIGHTS.get(block.table, 1.0) for block in WORLD]
-MAKERS_WEIGHTS = {"chain": 48, "card": 19, "memory": 12, "follow": 6, "cross": 5, "one_word": 4}
+MAKERS_WEIGHTS = {"chain": 48, "card": 12, "memory": 12, "follow": 6, "cross": 5, "one_word": 4}
 
 
 def dialogue(system: str, exchanges: list[Exchange]) -> list[Message]:
@@ -46,7 +50,7 @@ def random_language(rng: Random) -> str:
     return rng.choice(("en", "zh"))
 
 
-def draw_block(language: str, rng: Random, world: float = 0.45, personal: float = 0.37) -> Block:
+def draw_block(language: str, rng: Random, world: float = 0.6, personal: float = 0.25) -> Block:
     """Draw a block of the world, a personal slot or small talk."""
     while True:
         pick = rng.random()

@@ -46,11 +46,21 @@ def replies(model: Any, tokenizer: Any, chats: list[list[dict[str, str]]], size:
     return [answer.strip() for answer in answers]
 
 
-def held_out_share(model: Any, tokenizer: Any, show: bool) -> str:
-    """Share of held-out prompts answered exactly: single questions, and all."""
+def is_right(got: str, accepted: list[str], voiced: bool) -> bool:
+    """Compare an answer with the accepted ones; in a persona's voice more may stand around them."""
+    if voiced:
+        return any(answer.casefold().strip(".!\u3002\uff01") in got.casefold() for answer in accepted)
+    return got in accepted
+
+
+def held_out_share(model: Any, tokenizer: Any, show: bool, voiced: bool = False) -> str:
+    """Measure the share of held-out prompts answered right: single questions, and all."""
     rows = read(HELD_OUT)
     given = replies(model, tokenizer, [row["messages"] for row in rows])
-    right = [got in [row["answer"], *row.get("accept", [])] for got, row in zip(given, rows, strict=True)]
+    right = [
+        is_right(got, [row["answer"], *row.get("accept", [])], voiced)
+        for got, row in zip(given, rows, strict=True)
+    ]
     for ok, got, row in zip(right, given, rows, strict=True):
         if show and not ok:
             print(f"  wrong: {row['messages'][-1]['content']!r} -> {got!r}, wanted {row['answer']!r}")
@@ -59,7 +69,7 @@ def held_out_share(model: Any, tokenizer: Any, show: bool) -> str:
 
 
 def persona_share(model: Any, tokenizer: Any, show: bool) -> str:
-    """Share of held-out persona questions whose answer holds one of the facts."""
+    """Measure the share of held-out persona questions whose answer holds one of the facts."""
     rows = read(ASSETS / "persona_heldout.jsonl")
     given = replies(model, tokenizer, [[{"role": "user", "content": row["instruction"]}] for row in rows])
     hits = 0
@@ -140,7 +150,7 @@ def main() -> None:
     if args.tune:
         tuned = tune(model, tokenizer, args)
         print("persona facts, tuned:", persona_share(tuned, tokenizer, args.show))
-        print("held-out prompts, tuned:", held_out_share(tuned, tokenizer, False))
+        print("held-out prompts, tuned:", held_out_share(tuned, tokenizer, False, voiced=True))
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def encode(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast) -
 
 
 def echo(tokenizer: PreTrainedTokenizerFast, rng: Random) -> Sample:
-    """Ask to repeat loose tokens, a few times: nothing teaches a small model faster to copy from its context."""
+    """Ask to repeat loose tokens, a few times: that teaches a small model to copy from its context."""
     tokens, marks = [START], [False]
     for _ in range(rng.randint(1, 3)):
         cue = tokenizer.encode(rng.choice(ECHO_CUES), add_special_tokens=False)
@@ -186,7 +186,7 @@ def fit(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, args: argpa
         groups = [group for optimizer in chosen for group in optimizer.param_groups]
         for group, base in zip(groups, bases, strict=True):
             group["lr"] = base * scale(done, step)
-        if rng.random() < echo_share(done):
+        if rng.random() < args.echo * echo_share(done):
             tokens, marks = pad([echo(tokenizer, rng) for _ in range(args.batch_tokens // 50)])
         loss = answer_loss(model, tokens, marks)
         loss.backward()
@@ -242,6 +242,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--save-every", type=int, default=0, help="also save every so many steps")
+    parser.add_argument("--echo", type=float, default=1.0, help="factor on the share of echo batches")
     parser.add_argument("--start", type=Path, help="go on from this model instead of a new one")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
