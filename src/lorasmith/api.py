@@ -237,19 +237,13 @@ def run(
 
     `on_data` is told the data set before the weights are read: the command line prints its report.
     """
-    prepared = _prepare(config)
+    prepared = _prepare(config, rejects_path=Path(config.train.output_dir) / "rejects.jsonl")
     if on_data:
         on_data(prepared.data)
     _count_parameters(prepared, config.lora)
-    model = load_model(
-        config.model.path,
-        hub=config.model.hub,
-        revision=config.model.revision,
-        family=prepared.family.name,
-        chat_format=config.model.chat_format,
-        dtype=config.model.dtype,
-        device=config.model.device,
-    )
+    base, found = config.model, prepared.family.name
+    asked: dict[str, Any] = base.model_dump(include={"hub", "revision", "chat_format", "dtype", "device"})
+    model = load_model(base.path, family=found, **asked)
     return train(
         model,
         prepared.data,
@@ -268,7 +262,7 @@ def plan(config: RunConfig) -> Plan:
     from lorasmith.training.estimate import estimate_memory
     from lorasmith.training.loop import total_steps
 
-    prepared = _prepare(config)
+    prepared = _prepare(config, rejects_path=None)
     parameters = _count_parameters(prepared, config.lora)
     loader = _loader(prepared.data.examples, config.train)
     rows = [batch for n in range(min(50, loader.steps_per_epoch)) for batch in loader.step(n)]
@@ -333,7 +327,7 @@ class _Prepared:
     data: Dataset
 
 
-def _prepare(config: RunConfig) -> _Prepared:
+def _prepare(config: RunConfig, *, rejects_path: Path | None) -> _Prepared:
     from lorasmith.data.dataset import load
     from lorasmith.families.opening import context_length, open_chat
 
@@ -344,8 +338,8 @@ def _prepare(config: RunConfig) -> _Prepared:
         raise ConfigError("train.output_dir is not set", fix="give it in the config or by --output-dir")
     directory = download(config.model.path, hub=config.model.hub, revision=config.model.revision)
     family, chat_format = open_chat(directory, config.model.family, config.model.chat_format)
-    rejects = Path(config.train.output_dir) / "rejects.jsonl"
-    data = load(config.data, chat_format, model_max_length=context_length(directory), rejects_path=rejects)
+    limit = context_length(directory)
+    data = load(config.data, chat_format, model_max_length=limit, rejects_path=rejects_path)
     return _Prepared(directory, family, data)
 
 

@@ -98,7 +98,8 @@ class LoraConfig(Section):
     use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r) (arXiv:2312.03732).")
     use_dora: bool = Field(False, description="Weight-decomposed LoRA (arXiv:2402.09353).")
     init_lora_weights: bool | str = Field(
-        True, description="true, gaussian, pissa, olora, ... as PEFT knows them."
+        True,
+        description="true, gaussian or orthogonal; what rewrites the base (pissa, olora, ...) is refused.",
     )
     init_from: str | None = Field(
         None, description="Go on from this adapter directory; its r, alpha and targets hold."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 import warnings
 
 import typer
@@ -45,8 +46,9 @@ def main() -> None:
         app()
     except LorasmithError as error:
         if debug:
-            raise
-        typer.echo(f"error: {error}", err=True)
+            traceback.print_exception(error)
+        else:
+            typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
