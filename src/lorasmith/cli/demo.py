@@ -12,7 +12,7 @@ import typer
 if TYPE_CHECKING:
     from lorasmith.model.model import Model
 
-_ASSETS = resources.files("lorasmith") / "assets"
+ASSETS = resources.files("lorasmith") / "assets"
 
 
 def demo(
@@ -23,13 +23,13 @@ def demo(
     from lorasmith.cli.train import describe_run, say_data
     from lorasmith.config import load_run_config
 
-    run_dir = _unused(Path(output_dir))
+    run_dir = unused_dir(Path(output_dir))
     questions = read_questions()
     recipe = load_run_config(
-        Path(str(_ASSETS / "demo.yaml")),
+        Path(str(ASSETS / "demo.yaml")),
         {
-            "model.path": str(_ASSETS / "tiny"),
-            "data.train": str(_ASSETS / "persona.jsonl"),
+            "model.path": str(ASSETS / "tiny"),
+            "data.train": str(ASSETS / "persona.jsonl"),
             "train.output_dir": str(run_dir),
         },
     )
@@ -37,7 +37,7 @@ def demo(
         f"The embedded base model answers {len(questions)} held-out questions, learns a voice from the"
     )
     typer.echo("embedded persona, and answers the same questions again.\n")
-    before = answer(api.load_model(str(_ASSETS / "tiny"), dtype=recipe.model.dtype), questions)
+    before = answer(api.load_model(str(ASSETS / "tiny"), dtype=recipe.model.dtype), questions)
     run = api.run(recipe, on_data=say_data)
     after = answer(api.load_model(str(run_dir), dtype=recipe.model.dtype), questions)
     _show(questions, before, after)
@@ -53,7 +53,7 @@ def demo(
 
 def read_questions() -> list[dict[str, object]]:
     """The held-out questions: {"instruction", "facts": [...]}; an answer that states a fact is in persona."""
-    text = (_ASSETS / "persona_heldout.jsonl").read_text(encoding="utf-8")
+    text = (ASSETS / "persona_heldout.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
 
@@ -78,7 +78,7 @@ def _in_persona(question: dict[str, object], text: str) -> bool:
     return any(fact.lower() in text.lower() for fact in facts)
 
 
-def _unused(run_dir: Path) -> Path:
+def unused_dir(run_dir: Path) -> Path:
     """runs/demo, or runs/demo-2 ... where a run lies there already."""
     candidates = (run_dir if n == 1 else run_dir.with_name(f"{run_dir.name}-{n}") for n in range(1, 10_000))
     return next(path for path in candidates if not path.exists())
