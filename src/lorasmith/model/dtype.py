@@ -42,6 +42,8 @@ def resolve_dtype(dtype: Dtype, device: torch.device, hidden_size: int = 1024) -
 
 def bf16_is_faster(hidden_size: int) -> bool:
     """Time the model's kind of matrix product in both: without hardware for it bf16 is up to 500x slower."""
+    if _seconds(torch.bfloat16, 256) > 4 * _seconds(torch.float32, 256):
+        return False  # told in a fifth of a second; at full width this would take a minute
     width = min(hidden_size, 2048)
     return _seconds(torch.bfloat16, width) * 1.15 < _seconds(torch.float32, width)
 
