@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from lorasmith.model.baichuan2 import Baichuan2Config, Baichuan2ForCausalLM
+from lorasmith.model.chatglm3 import ChatGLM3Config, ChatGLM3ForCausalLM
+
 
 class NativeModel(NamedTuple):
     """One of our own model classes and how an original config.json names it."""
@@ -17,7 +20,12 @@ class NativeModel(NamedTuple):
     model_class: type[PreTrainedModel]
 
 
-NATIVE_MODELS: tuple[NativeModel, ...] = ()
+NATIVE_MODELS = (
+    NativeModel("baichuan", ("BaichuanForCausalLM",), Baichuan2Config, Baichuan2ForCausalLM),
+    NativeModel(
+        "chatglm", ("ChatGLMModel", "ChatGLMForConditionalGeneration"), ChatGLM3Config, ChatGLM3ForCausalLM
+    ),
+)
 
 
 def register_native() -> None:
