@@ -1,7 +1,7 @@
 """Baichuan2 as transformers' Llama with a fused projection, a NormHead and, in the 13B, ALiBi for RoPE.
 
 Modules carry the names of the original checkpoint, so weights and adapters need no mapping.
-Shapes: B = rows of a batch, T = tokens, D = hidden size, H = heads.
+Shapes: B = rows of a batch, T = tokens, C = columns of W_pack, D = hidden size, H = heads.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
     apply_rotary_pos_emb,
+    eager_attention_forward,
 )
 
 from lorasmith.errors import FamilyError
 from lorasmith.model.fused_attention import attend_fused, fused_width
 from lorasmith.ops.alibi import alibi_mask, alibi_slopes
-from lorasmith.ops.attention import with_alibi
+from lorasmith.ops.attention import biased_attention_interface, with_alibi
 from lorasmith.ops.norm_head import NormHead
 
 _BAICHUAN1_VOCAB = 64000
@@ -74,6 +75,13 @@ class Baichuan2Config(PretrainedConfig):
         if self.z_loss_weight:
             raise FamilyError(f"config.json asks for a z-loss (z_loss_weight {self.z_loss_weight})")
         super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the original file has it: by its own class, and without positions where there is ALiBi."""
+        tree = {**super().to_dict(), "architectures": ["BaichuanForCausalLM"]}
+        if self.uses_alibi:
+            del tree["max_position_embeddings"]
+        return tree
 
     @property
     def uses_alibi(self) -> bool:
@@ -126,11 +134,13 @@ class Baichuan2Attention(LlamaAttention):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        rotation = None
+        rotation, eager = None, biased_attention_interface
         if position_embeddings is not None:
-            rotation = partial(apply_rotary_pos_emb, cos=position_embeddings[0], sin=position_embeddings[1])
+            cos, sin = position_embeddings
+            rotation, eager = partial(apply_rotary_pos_emb, cos=cos, sin=sin), eager_attention_forward
+        packed_BTC = self.W_pack(hidden_states)
         out_BTD, weights = attend_fused(
-            self, self.W_pack(hidden_states), rotation, attention_mask, past_key_values, **kwargs
+            self, packed_BTC, rotation, attention_mask, past_key_values, eager=eager, **kwargs
         )
         return self.o_proj(out_BTD), weights
 
@@ -146,7 +156,7 @@ class Baichuan2DecoderLayer(LlamaDecoderLayer):
 
 
 def _has_no_bias(model: LlamaPreTrainedModel) -> bool:
-    """ALiBi goes by the eager attention: sdpa on a GPU misreads an fp32 bias beside 16-bit queries."""
+    """With ALiBi "eager" is our own attention; sdpa on a GPU misreads an fp32 bias beside 16-bit queries."""
     return not model.config.uses_alibi
 
 

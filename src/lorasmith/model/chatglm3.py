@@ -1,7 +1,7 @@
 """ChatGLM3 as transformers' Glm with a fused projection, under the names of its original checkpoint.
 
 Glm's forward passes are inherited; properties show them the modules by Glm's names.
-Shapes: B = rows of a batch, T = tokens, D = hidden size.
+Shapes: B = rows of a batch, T = tokens, C = columns of query_key_value, D = hidden size.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from transformers.models.glm.modeling_glm import (
     GlmRMSNorm,
     GlmRotaryEmbedding,
     apply_rotary_pos_emb,
+    eager_attention_forward,
 )
 
 from lorasmith.errors import FamilyError
@@ -92,6 +93,10 @@ class ChatGLM3Config(PretrainedConfig):
         kwargs.setdefault("partial_rotary_factor", 0.5)
         super().__post_init__(**kwargs)
 
+    def to_dict(self) -> dict[str, Any]:
+        """With the class of the original file, by which other programs know the layout."""
+        return {**super().to_dict(), "architectures": ["ChatGLMModel"]}
+
 
 class ChatGLM3RotaryEmbedding(GlmRotaryEmbedding):
     """Cosines and sines that stay fp32 in a 16-bit model."""
@@ -120,9 +125,11 @@ class ChatGLM3Attention(GlmAttention):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        rotation = partial(apply_rotary_pos_emb, cos=position_embeddings[0], sin=position_embeddings[1])
+        cos, sin = position_embeddings
+        rotation, eager = partial(apply_rotary_pos_emb, cos=cos, sin=sin), eager_attention_forward
+        packed_BTC = self.query_key_value(hidden_states)
         out_BTD, weights = attend_fused(
-            self, self.query_key_value(hidden_states), rotation, attention_mask, past_key_values, **kwargs
+            self, packed_BTC, rotation, attention_mask, past_key_values, eager=eager, **kwargs
         )
         return self.dense(out_BTD), weights
 

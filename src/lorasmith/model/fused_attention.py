@@ -12,10 +12,11 @@ from typing import Any, TypeAlias
 from torch import Tensor
 from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward
 
 Rotation: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Queries and keys -> both rotated by their positions, computed in fp32 whatever the model's dtype."""
+AttentionFunction: TypeAlias = Callable[..., tuple[Tensor, Tensor | None]]
+"""In the shape of transformers' AttentionInterface."""
 
 
 def fused_width(config: Any) -> int:
@@ -29,11 +30,14 @@ def attend_fused(
     rotation: Rotation | None,
     attention_mask: Tensor | None,
     past_key_values: Cache | None,
+    *,
+    eager: AttentionFunction,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """What the heads read, (B, T, H*D), and the weights where the implementation gives them.
 
-    `module` is one of transformers' attention modules: its config, layer_idx and scaling are used.
+    `module` is one of transformers' attention modules: its config, layer_idx and scaling are used. `eager` is
+    what its config calls by this name.
     """
     config = module.config
     heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
@@ -43,7 +47,7 @@ def attend_fused(
         q_BHTD, k_BKTD = (x.to(v_BKTD.dtype) for x in rotation(q_BHTD, k_BKTD))
     if past_key_values is not None:
         k_BKTD, v_BKTD = past_key_values.update(k_BKTD, v_BKTD, module.layer_idx)
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention_forward)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
     out_BTHD, weights = attend(
         module, q_BHTD, k_BKTD, v_BKTD, attention_mask, scaling=module.scaling, **kwargs
     )

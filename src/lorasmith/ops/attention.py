@@ -89,16 +89,37 @@ def layout_attention(q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, index: LayoutI
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, index: LayoutIndex) -> Tensor:
+    if index.bias is not None:
+        return biased_attention(q, k, v, index.bias, scale)[0]
     grouped, mask = q.shape[1] != k.shape[1], index.visible_TT
-    if index.bias is None:
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
-        )
-    if grouped:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    # by hand: sdpa on a GPU misreads a bias that is wider than its queries
-    scores = (q @ k.transpose(-1, -2)) * scale + index.bias
-    return scores.softmax(-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+    )
+
+
+def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """softmax(q k' * scale + bias) v with the softmax in the dtype of `bias`, fp32 or wider.
+
+    By hand: sdpa on a GPU misreads a bias that is wider than its queries.
+    Shapes: (..., H, L, D) and bias (..., H, L, L) -> what the heads read, and their weights (..., H, L, L).
+    """
+    weights = ((q @ k.transpose(-1, -2)) * scale + bias).softmax(-1)
+    return weights.to(v.dtype) @ v, weights
+
+
+def biased_attention_interface(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    *,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """`biased_attention` in the shape that transformers' AttentionInterface asks for."""
+    out_BHLD, weights = biased_attention(query, key, value, attention_mask, scaling)
+    return out_BHLD.transpose(1, 2), weights
 
 
 def layout_attention_interface(
