@@ -16,6 +16,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from lorasmith.model.baichuan2 import Baichuan2Config, Baichuan2ForCausalLM
+from lorasmith.model.chatglm3 import ChatGLM3Config, ChatGLM3ForCausalLM
+from lorasmith.model.native import register_native
 from lorasmith.types import IGNORE_INDEX, Example
 
 VOCAB = 96
@@ -25,27 +28,45 @@ _SIZES = {
     "intermediate_size": 48,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
-    "max_position_embeddings": 256,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
     "initializer_range": 0.3,
 }
-KINDS = ("llama3", "deepseek", "qwen2", "gemma2")
-"""Grouped heads; plain heads; biases and tied embeddings (generic); sliding windows and soft caps, which
-run one conversation at a time (generic)."""
+KINDS = ("llama3", "deepseek", "baichuan2", "baichuan2-13b", "chatglm3", "qwen2", "gemma2")
+"""Grouped heads; plain heads; a fused projection and NormHead; the same with ALiBi over heads that are no
+power of two; two groups, biases and heads wider than the stream; biases and tied embeddings (generic);
+sliding windows and soft caps, which run one conversation at a time (generic)."""
+
+TARGETS = {"baichuan2": "W_pack", "baichuan2-13b": "W_pack", "chatglm3": "query_key_value"}
+"""A projection that LoRA adapts, where it is not `q_proj`."""
+
+register_native()
 
 
-def tiny_module(kind: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
-    torch.manual_seed(7)
+def tiny_module(
+    kind: str, dtype: torch.dtype = torch.float64, *, max_positions: int = 256, seed: int = 7, **changes: int
+) -> PreTrainedModel:
+    sizes = {**_SIZES, **changes}
+    positions = {"max_position_embeddings": max_positions}
+    torch.manual_seed(seed)
     if kind == "llama3":
-        module = LlamaForCausalLM(LlamaConfig(**_SIZES, num_key_value_heads=2))
+        module = LlamaForCausalLM(LlamaConfig(**sizes, **positions, num_key_value_heads=2))
     elif kind == "deepseek":
-        module = LlamaForCausalLM(LlamaConfig(**_SIZES))
+        module = LlamaForCausalLM(LlamaConfig(**sizes, **positions))
+    elif kind == "baichuan2":
+        module = Baichuan2ForCausalLM(Baichuan2Config(**sizes, **positions))
+    elif kind == "baichuan2-13b":
+        sizes |= {"hidden_size": 36, "num_attention_heads": 6}
+        module = Baichuan2ForCausalLM(Baichuan2Config(**sizes, model_max_length=max_positions))
+    elif kind == "chatglm3":
+        sizes |= {"kv_channels": 12, "multi_query_group_num": 2}
+        module = ChatGLM3ForCausalLM(ChatGLM3Config(**sizes, **positions))
     elif kind == "qwen2":
-        module = Qwen2ForCausalLM(Qwen2Config(**_SIZES, num_key_value_heads=2, tie_word_embeddings=True))
+        config = Qwen2Config(**sizes, **positions, num_key_value_heads=2, tie_word_embeddings=True)
+        module = Qwen2ForCausalLM(config)
     else:
-        config = Gemma2Config(**_SIZES, num_key_value_heads=2, head_dim=8, sliding_window=4)
+        config = Gemma2Config(**sizes, **positions, num_key_value_heads=2, head_dim=8, sliding_window=4)
         module = Gemma2ForCausalLM(config)
     return module.to(dtype).eval()
 

@@ -80,7 +80,9 @@ def stop_ids(model: Model) -> list[int]:
 
 def context_length(model: Model) -> int | None:
     """Positions that the model has; None for models without a limit."""
-    limit = getattr(base_module(model.module).config.get_text_config(), "max_position_embeddings", None)
+    config = base_module(model.module).config.get_text_config()
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "model_max_length")]
+    limit = next(filter(None, limits), None)
     return int(limit) if limit else None
 
 

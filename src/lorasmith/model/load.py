@@ -17,11 +17,12 @@ from transformers.utils import logging
 
 from lorasmith.errors import FamilyError, SetupError
 from lorasmith.hub.files import read_json
+from lorasmith.model.native import native_model_type, register_native
 
 _CODE_KEYS = ("auto_map", "custom_pipelines", "_attn_implementation", "_attn_implementation_internal")
 """Keys of config.json that name code to run; they are dropped, never followed (CVE-2026-4372)."""
 
-_STRAY_BUFFERS = ("rotary_emb.inv_freq",)
+_STRAY_BUFFERS = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
 """Buffers that old checkpoints stored beside the weights."""
 
 
@@ -39,7 +40,9 @@ def read_model_config(directory: Path) -> PretrainedConfig:
             why="LoRA is trained here over bf16, fp16 or fp32 weights",
             fix="use the unquantised model",
         )
-    model_type = tree.pop("model_type", None)
+    register_native()
+    said = tree.pop("model_type", None)
+    model_type = native_model_type({**tree, "model_type": said}) or said
     if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise FamilyError(
             f"model_type {model_type!r} is no chat model that this transformers knows",

@@ -6,7 +6,7 @@ D = head size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorasmith.ops.alibi import alibi_bias
 from lorasmith.types import Layout
 
 LAYOUT_ATTENTION = "lorasmith_layout"
@@ -30,16 +31,34 @@ class LayoutIndex:
     """Where each token stands in the flattened segments_SL."""
     visible_TT: Tensor | None
     """For shared prefixes: whether token t (row) sees token s (column)."""
+    positions_T: Tensor
+    """Of each token in its own conversation."""
+    bias: Tensor | None = None
+    """Added to the scores, -inf where a token may not look: (H, L, L), or (H, T, T) for shared prefixes."""
 
 
 def layout_index(layout: Layout, device: torch.device | str = "cpu") -> LayoutIndex:
+    positions_T = torch.from_numpy(layout.position_ids).to(device)
     if (layout.parents >= 0).any():
-        return LayoutIndex(None, None, visible(layout).to(device))
+        return LayoutIndex(None, None, visible(layout).to(device), positions_T)
     lengths, starts = layout.lengths, layout.starts[:-1]
     columns = np.arange(lengths.max())
     inside = columns < lengths[:, None]
     segments = torch.from_numpy(np.where(inside, starts[:, None] + columns, starts[:, None])).to(device)
-    return LayoutIndex(segments, torch.from_numpy(np.flatnonzero(inside)).to(device), None)
+    tokens_T = torch.from_numpy(np.flatnonzero(inside)).to(device)
+    return LayoutIndex(segments, tokens_T, None, positions_T)
+
+
+def with_alibi(index: LayoutIndex, slopes_H: Tensor) -> LayoutIndex:
+    """The same Layout with ALiBi: made once per forward pass and used by every layer."""
+    if index.segments_SL is None:
+        positions, sees = index.positions_T, index.visible_TT
+    else:
+        positions = torch.arange(index.segments_SL.shape[1], device=slopes_H.device)
+        sees = positions <= positions[:, None]
+    assert sees is not None
+    bias = alibi_bias(slopes_H, positions, positions).masked_fill(~sees, float("-inf"))
+    return replace(index, bias=bias)
 
 
 def visible(layout: Layout) -> Tensor:
@@ -59,21 +78,48 @@ def layout_attention(q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, index: LayoutI
     Shapes: q (H, T, D), k and v (K, T, D) with K dividing H -> (H, T, D).
     """
     if index.segments_SL is None or index.tokens_T is None:
-        return _attend(q_HTD[None], k_KTD[None], v_KTD[None], scale, mask=index.visible_TT)[0]
+        return _attend(q_HTD[None], k_KTD[None], v_KTD[None], scale, index)[0]
     rows, columns = index.segments_SL.shape
     by_segment = [
         x.index_select(1, index.segments_SL.flatten()).unflatten(1, (rows, columns)).transpose(0, 1)
         for x in (q_HTD, k_KTD, v_KTD)
     ]
-    out_SHLD = _attend(by_segment[0], by_segment[1], by_segment[2], scale, mask=None)
+    out_SHLD = _attend(by_segment[0], by_segment[1], by_segment[2], scale, index)
     return out_SHLD.transpose(0, 1).flatten(1, 2).index_select(1, index.tokens_T)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-    grouped = q.shape[1] != k.shape[1]
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, index: LayoutIndex) -> Tensor:
+    if index.bias is not None:
+        return biased_attention(q, k, v, index.bias, scale)[0]
+    grouped, mask = q.shape[1] != k.shape[1], index.visible_TT
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
     )
+
+
+def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """softmax(q k' * scale + bias) v with the softmax in the dtype of `bias`, fp32 or wider.
+
+    By hand: sdpa on a GPU misreads a bias that is wider than its queries.
+    Shapes: (..., H, L, D) and bias (..., H, L, L) -> what the heads read, and their weights (..., H, L, L).
+    """
+    weights = ((q @ k.transpose(-1, -2)) * scale + bias).softmax(-1)
+    return weights.to(v.dtype) @ v, weights
+
+
+def biased_attention_interface(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    *,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """`biased_attention` in the shape that transformers' AttentionInterface asks for."""
+    out_BHLD, weights = biased_attention(query, key, value, attention_mask, scaling)
+    return out_BHLD.transpose(1, 2), weights
 
 
 def layout_attention_interface(
