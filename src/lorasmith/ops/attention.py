@@ -7,6 +7,7 @@ D = head size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorasmith.ops.decay_attention import ChunkIndex, chunk_index
 from lorasmith.types import Layout
 
 LAYOUT_ATTENTION = "lorasmith_layout"
@@ -22,24 +24,49 @@ LAYOUT_ATTENTION = "lorasmith_layout"
 
 @dataclass(frozen=True)
 class LayoutIndex:
-    """A Layout as gather indices on one device, made once per batch and used by every layer."""
+    """A Layout as indices on one device, made once per batch and used by every layer.
 
-    segments_SL: Tensor | None
-    """Token indices of each segment, right-padded with its first; None where segments share prefixes."""
-    tokens_T: Tensor | None
-    """Where each token stands in the flattened segments_SL."""
-    visible_TT: Tensor | None
-    """For shared prefixes: whether token t (row) sees token s (column)."""
+    Each kind of attention asks for its own; none is made in vain, and only softmax over shared prefixes costs
+    T x T.
+    """
+
+    layout: Layout
+    device: torch.device
+
+    @cached_property
+    def segments(self) -> SegmentIndex | None:
+        """None where segments share prefixes."""
+        if (self.layout.parents >= 0).any():
+            return None
+        lengths, starts = self.layout.lengths, self.layout.starts[:-1]
+        columns = np.arange(lengths.max())
+        inside = columns < lengths[:, None]
+        tokens = torch.from_numpy(np.where(inside, starts[:, None] + columns, starts[:, None]))
+        slots = torch.from_numpy(np.flatnonzero(inside))
+        return SegmentIndex(tokens.to(self.device), slots.to(self.device))
+
+    @cached_property
+    def visible_TT(self) -> Tensor:
+        """Whether token t (row) sees token s (column)."""
+        return visible(self.layout).to(self.device)
+
+    @cached_property
+    def chunks(self) -> ChunkIndex:
+        return chunk_index(self.layout, self.device)
+
+
+@dataclass(frozen=True)
+class SegmentIndex:
+    """Segments that continue no other, as gather indices."""
+
+    tokens_SL: Tensor
+    """Token indices of each segment, right-padded with its first."""
+    slots_T: Tensor
+    """Where each token stands in the flattened tokens_SL."""
 
 
 def layout_index(layout: Layout, device: torch.device | str = "cpu") -> LayoutIndex:
-    if (layout.parents >= 0).any():
-        return LayoutIndex(None, None, visible(layout).to(device))
-    lengths, starts = layout.lengths, layout.starts[:-1]
-    columns = np.arange(lengths.max())
-    inside = columns < lengths[:, None]
-    segments = torch.from_numpy(np.where(inside, starts[:, None] + columns, starts[:, None])).to(device)
-    return LayoutIndex(segments, torch.from_numpy(np.flatnonzero(inside)).to(device), None)
+    return LayoutIndex(layout, torch.device(device))
 
 
 def visible(layout: Layout) -> Tensor:
@@ -58,15 +85,16 @@ def layout_attention(q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, index: LayoutI
 
     Shapes: q (H, T, D), k and v (K, T, D) with K dividing H -> (H, T, D).
     """
-    if index.segments_SL is None or index.tokens_T is None:
+    segments = index.segments
+    if segments is None:
         return _attend(q_HTD[None], k_KTD[None], v_KTD[None], scale, mask=index.visible_TT)[0]
-    rows, columns = index.segments_SL.shape
+    rows, columns = segments.tokens_SL.shape
     by_segment = [
-        x.index_select(1, index.segments_SL.flatten()).unflatten(1, (rows, columns)).transpose(0, 1)
+        x.index_select(1, segments.tokens_SL.flatten()).unflatten(1, (rows, columns)).transpose(0, 1)
         for x in (q_HTD, k_KTD, v_KTD)
     ]
     out_SHLD = _attend(by_segment[0], by_segment[1], by_segment[2], scale, mask=None)
-    return out_SHLD.transpose(0, 1).flatten(1, 2).index_select(1, index.tokens_T)
+    return out_SHLD.transpose(0, 1).flatten(1, 2).index_select(1, segments.slots_T)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
