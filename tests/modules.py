@@ -16,6 +16,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from lorasmith.model.transnormer import TransNormerConfig, TransNormerForCausalLM
 from lorasmith.types import IGNORE_INDEX, Example
 
 VOCAB = 96
@@ -31,9 +32,22 @@ _SIZES = {
     "pad_token_id": 0,
     "initializer_range": 0.3,
 }
-KINDS = ("llama3", "deepseek", "qwen2", "gemma2")
+_TRANSNORMER = {
+    "vocab_size": VOCAB,
+    "decoder_embed_dim": 32,
+    "hidden_dim": 24,
+    "glu_dim": 48,
+    "decoder_layers": 3,
+    "decoder_attention_heads": 6,
+    "init_std": 0.3,
+}
+KINDS = ("llama3", "deepseek", "qwen2", "gemma2", "transnormer")
 """Grouped heads; plain heads; biases and tied embeddings (generic); sliding windows and soft caps, which
-run one conversation at a time (generic)."""
+run one conversation at a time (generic); linear attention."""
+
+
+def two_targets(kind: str) -> list[str]:
+    return ["qkvu_proj", "l3"] if kind == "transnormer" else ["q_proj", "down_proj"]
 
 
 def tiny_module(kind: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
@@ -44,6 +58,8 @@ def tiny_module(kind: str, dtype: torch.dtype = torch.float64) -> PreTrainedMode
         module = LlamaForCausalLM(LlamaConfig(**_SIZES))
     elif kind == "qwen2":
         module = Qwen2ForCausalLM(Qwen2Config(**_SIZES, num_key_value_heads=2, tie_word_embeddings=True))
+    elif kind == "transnormer":
+        module = TransNormerForCausalLM(TransNormerConfig(**_TRANSNORMER))
     else:
         config = Gemma2Config(**_SIZES, num_key_value_heads=2, head_dim=8, sliding_window=4)
         module = Gemma2ForCausalLM(config)

@@ -22,7 +22,6 @@ _NATIVE = (llama3.FAMILY, deepseek.FAMILY)
 _COMING = {
     "baichuan": ("Baichuan2", "BaichuanForCausalLM", "BaiChuanForCausalLM"),
     "chatglm": ("ChatGLM3", "ChatGLMModel", "ChatGLMForConditionalGeneration"),
-    "transnormer": ("TransNormerLLM", "TransnormerForCausalLM"),
 }
 """model_type: title and the architectures of models that elsewhere live by remote code only."""
 

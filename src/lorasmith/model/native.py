@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from lorasmith.model.transnormer import TransNormerConfig, TransNormerForCausalLM
+
 
 class NativeModel(NamedTuple):
     """One of our own model classes and how an original config.json names it."""
@@ -17,7 +19,9 @@ class NativeModel(NamedTuple):
     model_class: type[PreTrainedModel]
 
 
-NATIVE_MODELS: tuple[NativeModel, ...] = ()
+NATIVE_MODELS: tuple[NativeModel, ...] = (
+    NativeModel("transnormer", ("TransnormerForCausalLM",), TransNormerConfig, TransNormerForCausalLM),
+)
 
 
 def register_native() -> None:
