@@ -6,11 +6,12 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
-from modules import KINDS, examples, save_tiny, tiny_module
+from modules import KINDS, examples, save_tiny, tiny_module, two_targets
 from transformers import AutoModelForCausalLM
 
 import lorasmith as ls
 from lorasmith.model.adapter import adapter_files
+from lorasmith.model.native import register_native
 from lorasmith.model.packed import base_module
 
 VARIANTS = {
@@ -50,9 +51,10 @@ def test_stock_peft_on_a_stock_model_gives_our_logits(tmp_path, variant):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_stock_peft_writes_loads_here(tmp_path, kind):
+    register_native()
     directory = save_tiny(kind, tmp_path / "base")
     stock = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    config = peft.LoraConfig(r=4, target_modules=two_targets(kind), init_lora_weights=False)
     theirs = peft.get_peft_model(stock, config)
     theirs.save_pretrained(tmp_path / "adapter")
     ours = ls.load_module(str(directory), dtype="fp32", adapter=str(tmp_path / "adapter"))
@@ -83,4 +85,5 @@ def test_the_adapter_is_fp32_over_a_bf16_base(tmp_path):
 
 
 def test_tiny_modules_are_what_they_say():
-    assert {tiny_module(kind).config.model_type for kind in KINDS} == {"llama", "qwen2", "gemma2"}
+    types = [tiny_module(kind).config.model_type for kind in KINDS]
+    assert types == ["llama", "llama", "qwen2", "gemma2", "transnormer"]

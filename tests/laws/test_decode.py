@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
-from byte_chat import byte_model, random_llama
+from byte_chat import RANDOM_MODULES, byte_model
+from transformers import PreTrainedModel
 
 from lorasmith.config import GenerateConfig
 from lorasmith.infer.decode import decode
@@ -16,9 +19,16 @@ TEXTS = ["hi", "a much longer question than the others, with many words", "ä½ æ˜
 CONVERSATIONS = [[Message("user", text)] for text in TEXTS]
 
 
+@pytest.fixture(params=RANDOM_MODULES)
+def make(request: pytest.FixtureRequest) -> Callable[..., PreTrainedModel]:
+    return RANDOM_MODULES[request.param]
+
+
 @pytest.mark.parametrize("seed", range(3))
-def test_each_greedy_id_is_the_argmax_of_one_forward_pass(seed: int) -> None:
-    model = byte_model(random_llama(seed=seed))
+def test_each_greedy_id_is_the_argmax_of_one_forward_pass(
+    make: Callable[..., PreTrainedModel], seed: int
+) -> None:
+    model = byte_model(make(seed=seed))
     for prompt in encode_prompts(model, CONVERSATIONS):
         [answer] = decode(model, [prompt.input_ids], GenerateConfig(greedy=True, max_new_tokens=24))
         row = np.concatenate([prompt.input_ids, answer.ids])
@@ -31,15 +41,17 @@ def test_each_greedy_id_is_the_argmax_of_one_forward_pass(seed: int) -> None:
     "knobs", [{}, {"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 2}], ids=["plain", "penalty", "ngram"]
 )
 @pytest.mark.parametrize("stops", [["<end>"], ["<eos>"]], ids=["end", "pad-is-stop"])
-def test_a_batch_answers_as_each_prompt_alone(knobs: dict[str, float], stops: list[str]) -> None:
-    model = byte_model(random_llama(), stops=stops)
+def test_a_batch_answers_as_each_prompt_alone(
+    make: Callable[..., PreTrainedModel], knobs: dict[str, float], stops: list[str]
+) -> None:
+    model = byte_model(make(), stops=stops)
     config = GenerateConfig(greedy=True, max_new_tokens=40, **knobs)
     together = generate(model, CONVERSATIONS, config, batch_size=4)
     assert together == [generate(model, [one], config)[0] for one in CONVERSATIONS]
 
 
-def test_a_batch_fills_the_context_of_each_row_as_alone() -> None:
-    model = byte_model(random_llama(max_positions=64))
+def test_a_batch_fills_the_context_of_each_row_as_alone(make: Callable[..., PreTrainedModel]) -> None:
+    model = byte_model(make(max_positions=64))
     config = GenerateConfig(greedy=True, max_new_tokens=500)
     together = generate(model, CONVERSATIONS, config, batch_size=4)
     assert together == [generate(model, [one], config)[0] for one in CONVERSATIONS]
