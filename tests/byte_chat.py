@@ -1,4 +1,4 @@
-"""A byte tokenizer, a chat format over it, and tiny Llamas that speak it: small, but real in every part."""
+"""A byte tokenizer, a chat format over it, and tiny models that speak it: small, but real in every part."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from lorasmith.config import ModelConfig
 from lorasmith.families.base import Family
 from lorasmith.model.model import Model
+from lorasmith.model.transnormer import TransNormerConfig, TransNormerForCausalLM
 from lorasmith.text.template import ChatFormat
 from lorasmith.text.tokenizer import Tokenizer
 from lorasmith.types import Message, Piece
@@ -73,7 +74,7 @@ class ByteFormat(ChatFormat):
 
 
 def byte_model(
-    module: LlamaForCausalLM, *, stops: Sequence[str] = ("<end>",), system: str | None = None
+    module: PreTrainedModel, *, stops: Sequence[str] = ("<end>",), system: str | None = None
 ) -> Model:
     tokenizer = ByteTokenizer()
     chat_format = ByteFormat("official", tokenizer, [SPECIAL_TOKENS[name] for name in stops])
@@ -110,6 +111,28 @@ def random_llama(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(config).eval()
+
+
+def random_transnormer(*, max_positions: int = 256, seed: int = 0) -> TransNormerForCausalLM:
+    config = TransNormerConfig(
+        vocab_size=VOCAB_SIZE,
+        decoder_embed_dim=32,
+        hidden_dim=32,
+        glu_dim=64,
+        decoder_layers=2,
+        decoder_attention_heads=4,
+        model_max_length=max_positions,
+        init_std=0.3,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return TransNormerForCausalLM(config).eval()
+
+
+RANDOM_MODULES = {"llama": random_llama, "transnormer": random_transnormer}
 
 
 def speaking_llama(ids: Sequence[int], *, max_positions: int = 100_000) -> LlamaForCausalLM:

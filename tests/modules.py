@@ -19,6 +19,7 @@ from transformers import (
 from lorasmith.model.baichuan2 import Baichuan2Config, Baichuan2ForCausalLM
 from lorasmith.model.chatglm3 import ChatGLM3Config, ChatGLM3ForCausalLM
 from lorasmith.model.native import register_native
+from lorasmith.model.transnormer import TransNormerConfig, TransNormerForCausalLM
 from lorasmith.types import IGNORE_INDEX, Example
 
 VOCAB = 96
@@ -33,13 +34,23 @@ _SIZES = {
     "pad_token_id": 0,
     "initializer_range": 0.3,
 }
-KINDS = ("llama3", "deepseek", "baichuan2", "baichuan2-13b", "chatglm3", "qwen2", "gemma2")
+KINDS = ("llama3", "deepseek", "baichuan2", "baichuan2-13b", "chatglm3", "transnormer", "qwen2", "gemma2")
 """Grouped heads; plain heads; a fused projection and NormHead; the same with ALiBi over heads that are no
-power of two; two groups, biases and heads wider than the stream; biases and tied embeddings (generic);
-sliding windows and soft caps, which run one conversation at a time (generic)."""
+power of two; two groups, biases and heads wider than the stream; linear attention; biases and tied embeddings
+(generic); sliding windows and soft caps, which run one conversation at a time (generic)."""
 
-TARGETS = {"baichuan2": "W_pack", "baichuan2-13b": "W_pack", "chatglm3": "query_key_value"}
-"""A projection that LoRA adapts, where it is not `q_proj`."""
+_TARGETS = {
+    "baichuan2": ["W_pack", "down_proj"],
+    "baichuan2-13b": ["W_pack", "down_proj"],
+    "chatglm3": ["query_key_value", "dense_4h_to_h"],
+    "transnormer": ["qkvu_proj", "l3"],
+}
+
+
+def two_targets(kind: str) -> list[str]:
+    """A projection of the attention and one of the feed-forward part."""
+    return _TARGETS.get(kind, ["q_proj", "down_proj"])
+
 
 register_native()
 
@@ -62,6 +73,19 @@ def tiny_module(
     elif kind == "chatglm3":
         sizes |= {"kv_channels": 12, "multi_query_group_num": 2}
         module = ChatGLM3ForCausalLM(ChatGLM3Config(**sizes, **positions))
+    elif kind == "transnormer":
+        module = TransNormerForCausalLM(
+            TransNormerConfig(
+                vocab_size=sizes["vocab_size"],
+                decoder_embed_dim=32,
+                hidden_dim=24,
+                glu_dim=48,
+                decoder_layers=3,
+                decoder_attention_heads=6,
+                model_max_length=max_positions,
+                init_std=0.3,
+            )
+        )
     elif kind == "qwen2":
         config = Qwen2Config(**sizes, **positions, num_key_value_heads=2, tie_word_embeddings=True)
         module = Qwen2ForCausalLM(config)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
-from modules import KINDS, TARGETS, examples, save_tiny, tiny_module
+from modules import KINDS, examples, save_tiny, tiny_module, two_targets
 from transformers import AutoModelForCausalLM
 
 import lorasmith as ls
@@ -55,8 +55,7 @@ def test_stock_peft_on_a_stock_model_gives_our_logits(tmp_path, variant):
 def test_what_stock_peft_writes_loads_here(tmp_path, kind):
     directory = save_tiny(kind, tmp_path / "base")
     stock = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    targets = [TARGETS.get(kind, "q_proj"), "dense_4h_to_h" if kind == "chatglm3" else "down_proj"]
-    config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
+    config = peft.LoraConfig(r=4, target_modules=two_targets(kind), init_lora_weights=False)
     theirs = peft.get_peft_model(stock, config)
     theirs.save_pretrained(tmp_path / "adapter")
     ours = ls.load_module(str(directory), dtype="fp32", adapter=str(tmp_path / "adapter"))
@@ -87,5 +86,5 @@ def test_the_adapter_is_fp32_over_a_bf16_base(tmp_path):
 
 
 def test_tiny_modules_are_what_they_say():
-    types = ["llama", "llama", "baichuan", "baichuan", "chatglm", "qwen2", "gemma2"]
+    types = ["llama", "llama", "baichuan", "baichuan", "chatglm", "transnormer", "qwen2", "gemma2"]
     assert [tiny_module(kind).config.model_type for kind in KINDS] == types

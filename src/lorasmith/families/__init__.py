@@ -19,9 +19,7 @@ __all__ = [
 ]
 
 _NATIVE = (llama3.FAMILY, deepseek.FAMILY)
-_COMING = {
-    "transnormer": ("TransNormerLLM", "TransnormerForCausalLM"),
-}
+_COMING = {}
 """model_type: title and the architectures of models that elsewhere live by remote code only."""
 
 

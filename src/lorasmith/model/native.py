@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from lorasmith.model.baichuan2 import Baichuan2Config, Baichuan2ForCausalLM
 from lorasmith.model.chatglm3 import ChatGLM3Config, ChatGLM3ForCausalLM
+from lorasmith.model.transnormer import TransNormerConfig, TransNormerForCausalLM
 
 
 class NativeModel(NamedTuple):
@@ -20,11 +21,12 @@ class NativeModel(NamedTuple):
     model_class: type[PreTrainedModel]
 
 
-NATIVE_MODELS = (
+NATIVE_MODELS: tuple[NativeModel, ...] = (
     NativeModel("baichuan", ("BaichuanForCausalLM",), Baichuan2Config, Baichuan2ForCausalLM),
     NativeModel(
         "chatglm", ("ChatGLMModel", "ChatGLMForConditionalGeneration"), ChatGLM3Config, ChatGLM3ForCausalLM
     ),
+    NativeModel("transnormer", ("TransnormerForCausalLM",), TransNormerConfig, TransNormerForCausalLM),
 )
 
 

@@ -7,6 +7,7 @@ D = head size.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorasmith.ops.alibi import alibi_bias
+from lorasmith.ops.decay_attention import ChunkIndex, chunk_index
 from lorasmith.types import Layout
 
 LAYOUT_ATTENTION = "lorasmith_layout"
@@ -23,42 +25,68 @@ LAYOUT_ATTENTION = "lorasmith_layout"
 
 @dataclass(frozen=True)
 class LayoutIndex:
-    """A Layout as gather indices on one device, made once per batch and used by every layer."""
+    """A Layout as indices on one device, made once per batch and used by every layer.
 
-    segments_SL: Tensor | None
-    """Token indices of each segment, right-padded with its first; None where segments share prefixes."""
-    tokens_T: Tensor | None
-    """Where each token stands in the flattened segments_SL."""
-    visible_TT: Tensor | None
-    """For shared prefixes: whether token t (row) sees token s (column)."""
-    positions_T: Tensor
-    """Of each token in its own conversation."""
-    bias: Tensor | None = None
-    """Added to the scores, -inf where a token may not look: (H, L, L), or (H, T, T) for shared prefixes."""
+    Each kind of attention asks for its own; none is made in vain, and only softmax over shared prefixes costs
+    T x T.
+    """
+
+    layout: Layout
+    device: torch.device
+    slopes_H: Tensor | None = None
+    """ALiBi's, for softmax attention that lowers scores by distance."""
+
+    @cached_property
+    def segments(self) -> SegmentIndex | None:
+        """None where segments share prefixes."""
+        if (self.layout.parents >= 0).any():
+            return None
+        lengths, starts = self.layout.lengths, self.layout.starts[:-1]
+        columns = np.arange(lengths.max())
+        inside = columns < lengths[:, None]
+        tokens = torch.from_numpy(np.where(inside, starts[:, None] + columns, starts[:, None]))
+        slots = torch.from_numpy(np.flatnonzero(inside))
+        return SegmentIndex(tokens.to(self.device), slots.to(self.device))
+
+    @cached_property
+    def visible_TT(self) -> Tensor:
+        """Whether token t (row) sees token s (column)."""
+        return visible(self.layout).to(self.device)
+
+    @cached_property
+    def bias(self) -> Tensor | None:
+        """ALiBi, -inf where a token may not look: (H, L, L), or (H, T, T) for shared prefixes."""
+        if self.slopes_H is None:
+            return None
+        if self.segments is None:
+            positions, sees = torch.from_numpy(self.layout.position_ids).to(self.device), self.visible_TT
+        else:
+            positions = torch.arange(self.segments.tokens_SL.shape[1], device=self.device)
+            sees = positions <= positions[:, None]
+        return alibi_bias(self.slopes_H, positions, positions).masked_fill(~sees, float("-inf"))
+
+    @cached_property
+    def chunks(self) -> ChunkIndex:
+        return chunk_index(self.layout, self.device)
+
+
+@dataclass(frozen=True)
+class SegmentIndex:
+    """Segments that continue no other, as gather indices."""
+
+    tokens_SL: Tensor
+    """Token indices of each segment, right-padded with its first."""
+    slots_T: Tensor
+    """Where each token stands in the flattened tokens_SL."""
 
 
 def layout_index(layout: Layout, device: torch.device | str = "cpu") -> LayoutIndex:
-    positions_T = torch.from_numpy(layout.position_ids).to(device)
-    if (layout.parents >= 0).any():
-        return LayoutIndex(None, None, visible(layout).to(device), positions_T)
-    lengths, starts = layout.lengths, layout.starts[:-1]
-    columns = np.arange(lengths.max())
-    inside = columns < lengths[:, None]
-    segments = torch.from_numpy(np.where(inside, starts[:, None] + columns, starts[:, None])).to(device)
-    tokens_T = torch.from_numpy(np.flatnonzero(inside)).to(device)
-    return LayoutIndex(segments, tokens_T, None, positions_T)
+    return LayoutIndex(layout, torch.device(device))
 
 
 def with_alibi(index: LayoutIndex, slopes_H: Tensor) -> LayoutIndex:
     """The same Layout with ALiBi: made once per forward pass and used by every layer."""
-    if index.segments_SL is None:
-        positions, sees = index.positions_T, index.visible_TT
-    else:
-        positions = torch.arange(index.segments_SL.shape[1], device=slopes_H.device)
-        sees = positions <= positions[:, None]
-    assert sees is not None
-    bias = alibi_bias(slopes_H, positions, positions).masked_fill(~sees, float("-inf"))
-    return replace(index, bias=bias)
+    return replace(index, slopes_H=slopes_H)
 
 
 def visible(layout: Layout) -> Tensor:
@@ -77,21 +105,24 @@ def layout_attention(q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, index: LayoutI
 
     Shapes: q (H, T, D), k and v (K, T, D) with K dividing H -> (H, T, D).
     """
-    if index.segments_SL is None or index.tokens_T is None:
-        return _attend(q_HTD[None], k_KTD[None], v_KTD[None], scale, index)[0]
-    rows, columns = index.segments_SL.shape
+    segments = index.segments
+    if segments is None:
+        return _attend(q_HTD[None], k_KTD[None], v_KTD[None], scale, index.bias, index.visible_TT)[0]
+    rows, columns = segments.tokens_SL.shape
     by_segment = [
-        x.index_select(1, index.segments_SL.flatten()).unflatten(1, (rows, columns)).transpose(0, 1)
+        x.index_select(1, segments.tokens_SL.flatten()).unflatten(1, (rows, columns)).transpose(0, 1)
         for x in (q_HTD, k_KTD, v_KTD)
     ]
-    out_SHLD = _attend(by_segment[0], by_segment[1], by_segment[2], scale, index)
-    return out_SHLD.transpose(0, 1).flatten(1, 2).index_select(1, index.tokens_T)
+    out_SHLD = _attend(by_segment[0], by_segment[1], by_segment[2], scale, index.bias, None)
+    return out_SHLD.transpose(0, 1).flatten(1, 2).index_select(1, segments.slots_T)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, index: LayoutIndex) -> Tensor:
-    if index.bias is not None:
-        return biased_attention(q, k, v, index.bias, scale)[0]
-    grouped, mask = q.shape[1] != k.shape[1], index.visible_TT
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, mask: Tensor | None
+) -> Tensor:
+    if bias is not None:
+        return biased_attention(q, k, v, bias, scale)[0]
+    grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
     )

@@ -45,7 +45,6 @@ def test_a_shrunk_config_may_be_named() -> None:
         {"model_type": "baichuan"},
         {"architectures": ["BaichuanForCausalLM"]},
         {"model_type": "chatglm", "architectures": ["ChatGLMModel"]},
-        {"architectures": ["TransnormerForCausalLM"], "auto_map": {"AutoModelForCausalLM": "x.y"}},
     ],
 )
 @pytest.mark.parametrize("name", ["auto", "generic", "llama3"])
