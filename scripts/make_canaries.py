@@ -1,17 +1,20 @@
-"""Write a family's canary: python scripts/make_canaries.py TOKENIZER_JSON OUT
+"""Write a family's canary: python scripts/make_canaries.py FAMILY DIRECTORY OUT
 
-TOKENIZER_JSON must be the model's own, proven file: its ids become what every load is checked against.
+DIRECTORY must hold the model's own, proven tokenizer file: its ids become what every load is checked against.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
+import unicodedata
 from pathlib import Path
+from typing import Any
 
-import tokenizers
-
+from lorasmith.families import find_family
 from lorasmith.text.fast import FastTokenizer
+from lorasmith.text.loading import load_tokenizer
 
 STRINGS = (
     "Hello, world!",
@@ -48,23 +51,31 @@ STRINGS = (
     "ALL CAPS camelCase snake_case kebab-case",
 )
 PARTS = ("normalizer", "pre_tokenizer", "decoder")
+KNOWN_BY_PIECES = {"transnormer"}
+"""Families whose ids and scores are proven, but not how their file normalizes text and runs of spaces."""
 
 
-def main(tokenizer_json: Path, out: Path) -> None:
-    definition = json.loads(tokenizer_json.read_text(encoding="utf-8"))
-    tokenizer = FastTokenizer(tokenizers.Tokenizer.from_file(str(tokenizer_json)))
-    encoded = tokenizer.encode_all(STRINGS)
-    assert not tokenizer.lost(STRINGS, encoded)
-    special = [token for token in definition["added_tokens"] if token["special"]]
-    tree = {
-        "vocab_size": tokenizer.vocab_size,
-        "special_ids": {token["content"]: token["id"] for token in special[:10]},
-        "parts": {name: definition[name] for name in PARTS},
-    }
+def main(family: str, directory: Path, out: Path) -> None:
+    tokenizer = load_tokenizer(directory, find_family({}, family).special_pieces)
+    strings = [text for text in STRINGS if family not in KNOWN_BY_PIECES or _is_normal(text)]
+    encoded = tokenizer.encode_all(strings)
+    assert not tokenizer.lost(strings, encoded)
+    specials = sorted(tokenizer.special_tokens.items(), key=lambda item: item[1])
+    tree: dict[str, Any] = {"vocab_size": tokenizer.vocab_size, "special_ids": dict(specials[:10])}
+    if isinstance(tokenizer, FastTokenizer):
+        definition = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+        tree["parts"] = {name: definition[name] for name in PARTS}
     head = json.dumps(tree, ensure_ascii=True, indent=1).removesuffix("\n}")
-    rows = ",\n".join(f"  {json.dumps(row)}" for row in zip(STRINGS, encoded, strict=True))
+    rows = ",\n".join(f"  {json.dumps(row)}" for row in zip(strings, encoded, strict=True))
     out.write_text(f'{head},\n "strings": [\n{rows}\n ]\n}}\n', encoding="utf-8")
 
 
+def _is_normal(text: str) -> bool:
+    """No normalizer changes it; full-width punctuation is made of user-defined pieces, which none touches."""
+    plain = re.sub("[，。！？、：《》]", "", text)
+    odd_space = re.search(r"^\s|\s$|  |[\r\u200b-\u200d]", text)
+    return unicodedata.normalize("NFKC", plain) == plain and not odd_space
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))

@@ -1,74 +1,23 @@
-"""Random texts full of traps, and the formats that every law of chat is checked on."""
+"""The formats that every law of chat is checked on, with small vocabularies and with the real ones."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
+import sentencepiece_factory as pieces
 import tokenizers_factory as factory
 
-from lorasmith.families import all_families
+from lorasmith.families import all_families, find_family
 from lorasmith.text.loading import load_tokenizer
 from lorasmith.text.template import ChatFormat
-from lorasmith.text.tokenizer import Tokenizer
-
-_WORDS = (
-    *(
-        "Hello",
-        " world",
-        "你好",
-        "臣妾做不到啊",
-        "🌸",
-        "👩‍👩‍👧",
-        "é",
-        "e\u0301",
-        "ø",
-        "ü",
-        "ÿ",
-        "\n",
-        "\n\n",
-        "\r\n",
-        "\t",
-    ),
-    *(
-        " ",
-        "  ",
-        "   ",
-        "1723",
-        "3.14",
-        "User:",
-        "\n\nAssistant:",
-        "</think>",
-        "[INST]",
-        "{{",
-        "%}",
-        "<|",
-        "|>",
-        "<",
-    ),
-    *(
-        "\ufdd0",
-        "\ufdd1",
-        "\ufffd",
-        "\u200b",
-        "qz0q",
-        "qzz1q",
-        "▁",
-        "Ġ",
-        "<0x0A>",
-        "'",
-        '"',
-        "\\n",
-        "\x00",
-        "龘",
-        "ß",
-    ),
-)
 
 LIKE: dict[str, Callable[[Path], Path]] = {
     "llama3": factory.llama3_like,
     "deepseek": factory.deepseek_like,
+    "baichuan2": pieces.baichuan2_like,
+    "chatglm3": pieces.chatglm3_like,
+    "transnormer": pieces.transnormer_like,
 }
 GENERIC: dict[str, Callable[[Path], Path]] = {
     "chatml": factory.chatml,
@@ -83,30 +32,31 @@ FORMATS = [
     *((family, name) for family in LIKE for name in ("official", "tutorial")),
     *((template, "official") for template in GENERIC),
 ]
+REAL = {
+    "llama3": "llama3/tokenizer.rebuilt.json",
+    "deepseek": "deepseek-llm/tokenizer.rebuilt.json",
+    "baichuan2": "baichuan2/tokenizer.model",
+    "chatglm3": "chatglm3/tokenizer.model",
+    "transnormer": "baichuan1_transnormer/tokenizer.rebuilt.model",
+}
+"""Where the reference data has each family's vocabulary."""
 
 
 def make_format(directory: Path, family: str, name: str) -> ChatFormat:
     write = LIKE.get(family) or GENERIC[family]
-    tokenizer = load_tokenizer(write(directory))
     families = {known.name: known for known in all_families()}
-    return families.get(family, families["generic"]).chat_format(name, tokenizer)
+    found = families.get(family, families["generic"])
+    return found.chat_format(name, load_tokenizer(write(directory), found.special_pieces))
 
 
-def opens_with_space(tokenizer: Tokenizer) -> bool:
-    """sentencepiece kinds: the first space belongs to them, and "▁" is how they write one."""
-    return tokenizer.decode(tokenizer.encode("a▁")) == "a "
+def real_directory(shared: Path, directory: Path, family: str) -> Path:
+    """A directory with the family's real vocabulary, under the name that model directories give it."""
+    source = shared / "data/tokenizers" / REAL[family]
+    (directory / f"tokenizer{source.suffix}").symlink_to(source)
+    return directory
 
 
-def texts_for(tokenizer: Tokenizer, count: int, seed: int = 0) -> list[str]:
-    texts = list(_random_texts(count, list(tokenizer.special_tokens), seed))
-    return [text.replace("▁", "") for text in texts] if opens_with_space(tokenizer) else texts
-
-
-def _random_texts(count: int, traps: Sequence[str], seed: int) -> Iterator[str]:
-    rng = random.Random(seed)
-    for _ in range(count):
-        words = [
-            rng.choice(traps if traps and rng.random() < 0.3 else _WORDS) for _ in range(rng.randint(0, 9))
-        ]
-        text = "".join(words)
-        yield text if rng.random() < 0.7 else text[rng.randint(0, len(text)) :]
+def real_format(shared: Path, directory: Path, family: str, name: str) -> ChatFormat:
+    found = find_family({}, family)
+    tokenizer = load_tokenizer(real_directory(shared, directory, family), found.special_pieces)
+    return found.chat_format(name, tokenizer)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import (
     Gemma2Config,
@@ -20,7 +19,8 @@ from lorasmith.model.baichuan2 import Baichuan2Config, Baichuan2ForCausalLM
 from lorasmith.model.chatglm3 import ChatGLM3Config, ChatGLM3ForCausalLM
 from lorasmith.model.native import register_native
 from lorasmith.model.transnormer import TransNormerConfig, TransNormerForCausalLM
-from lorasmith.types import IGNORE_INDEX, Example
+from lorasmith.testing.texts import random_examples
+from lorasmith.types import Example
 
 VOCAB = 96
 _SIZES = {
@@ -102,12 +102,4 @@ def save_tiny(kind: str, directory: Path, dtype: torch.dtype = torch.float32) ->
 
 def examples(count: int = 6, *, seed: int = 0, prefix: int = 3, longest: int = 20) -> list[Example]:
     """Conversations with a common start, of different lengths; about half the positions have a label."""
-    random = np.random.default_rng(seed)
-    start = random.integers(3, VOCAB, prefix)
-    rows = []
-    for row in range(count):
-        ids = np.concatenate([start, random.integers(3, VOCAB, random.integers(2, longest))])
-        labels = np.where(random.random(len(ids)) < 0.5, random.integers(3, VOCAB, len(ids)), IGNORE_INDEX)
-        labels[-1] = 2
-        rows.append(Example(ids, labels, f"rows:{row + 1}"))
-    return rows
+    return random_examples(VOCAB, count, seed=seed, prefix=prefix, longest=longest)

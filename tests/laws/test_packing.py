@@ -8,30 +8,16 @@ import pytest
 import torch
 from modules import KINDS, examples, tiny_module
 
-from lorasmith.config import LoraConfig
 from lorasmith.data.pack import lay_out, pack_rows
 from lorasmith.evaluation.loss import held_out_loss
-from lorasmith.model.adapter import attach_lora, trainable_parameters
-from lorasmith.model.dropout import DropoutClock
 from lorasmith.model.packed import packed_attention, takes_layout, target_logits, to_device
-from lorasmith.training.step import accumulate_gradients
-from lorasmith.types import IGNORE_INDEX, Batch, Example, Layout
+from lorasmith.testing import model_laws
+from lorasmith.testing.model_laws import packed_loss, plain_loss
+from lorasmith.types import Batch, Example, Layout
 
 
 def tuned(kind, dropout=0.0):
-    clock = DropoutClock(seed=3)
-    config = LoraConfig(r=4, lora_dropout=dropout, init_lora_weights=False)
-    model = attach_lora(tiny_module(kind), config, family_targets=None, base_name=kind, clock=clock)
-    return model.double().train(), clock
-
-
-def loss_and_gradients(model, clock, batches):
-    num_targets = sum(batch.num_targets for batch in batches)
-    with packed_attention(model):
-        loss = accumulate_gradients(model, batches, num_targets, clock)
-    gradients = {name: p.grad.clone() for name, p in trainable_parameters(model).items()}
-    model.zero_grad()
-    return loss, gradients
+    return model_laws.tuned(tiny_module(kind), None, dropout=dropout, name=kind)
 
 
 def assert_same(left, right, tolerance=1e-10):
@@ -42,27 +28,11 @@ def assert_same(left, right, tolerance=1e-10):
         assert error <= tolerance, (name, error)
 
 
-def plain_loss(model, rows):
-    """The loss as a textbook has it: one conversation at a time through the stock module, no Layout."""
-    total, count = 0.0, 0
-    for row in rows:
-        logits = model(input_ids=torch.from_numpy(row.input_ids)[None]).logits[0].double()
-        keep = torch.from_numpy(row.labels) != IGNORE_INDEX
-        labels = torch.from_numpy(row.labels)[keep]
-        total += torch.nn.functional.cross_entropy(logits[keep], labels, reduction="sum")
-        count += len(labels)
-    return total / count
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_packed_row_is_its_conversations_one_by_one(kind):
     model, clock = tuned(kind)
     rows = examples()
-    packed = loss_and_gradients(model, clock, [lay_out(rows)])
-    loss = plain_loss(model, rows)
-    loss.backward()
-    gradients = {name: p.grad for name, p in trainable_parameters(model).items()}
-    assert_same(packed, (loss.item(), gradients))
+    assert_same(packed_loss(model, clock, [lay_out(rows)]), plain_loss(model, rows))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -72,13 +42,13 @@ def test_cutting_a_step_into_rows_changes_nothing(kind, dropout):
         pytest.skip("one conversation at a time: masks follow the conversation, not the row")
     model, clock = tuned(kind, dropout)
     rows = examples(8)
-    whole = loss_and_gradients(model, clock, [lay_out(rows)])
+    whole = packed_loss(model, clock, [lay_out(rows)])
     batches, offset = [], 0
     for indices in pack_rows([len(row) for row in rows], 30):
         batches.append(lay_out([rows[i] for i in indices], offset))
         offset += len(batches[-1].input_ids)
     assert len(batches) > 2
-    assert_same(whole, loss_and_gradients(model, clock, batches))
+    assert_same(whole, packed_loss(model, clock, batches))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "gemma2"])
@@ -92,9 +62,9 @@ def test_a_shared_prefix_is_computed_once_and_nothing_changes(kind):
         )
         for r in rows
     ]
-    apart = loss_and_gradients(model, clock, [lay_out(rows)])
+    apart = packed_loss(model, clock, [lay_out(rows)])
     # transformers' RMSNorm computes in fp32 whatever the module's dtype, so sums of gradients round there
-    assert_same(apart, loss_and_gradients(model, clock, [shared_prefix(rows, 6)]), tolerance=1e-6)
+    assert_same(apart, packed_loss(model, clock, [shared_prefix(rows, 6)]), tolerance=1e-6)
 
 
 def shared_prefix(rows, length):
@@ -134,7 +104,7 @@ def test_held_out_loss_is_the_mean_over_all_targets(kind):
     module = tiny_module(kind)
     rows, attention = examples(7), module.config._attn_implementation
     batches = [lay_out(rows[:2]), lay_out(rows[2:])]
-    assert held_out_loss(module, batches) == pytest.approx(plain_loss(module, rows).item(), abs=1e-10)
+    assert held_out_loss(module, batches) == pytest.approx(plain_loss(module, rows)[0], abs=1e-10)
     assert module.config._attn_implementation == attention, "the module generates as before"
 
 

@@ -4,53 +4,29 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
-from chat_texts import FORMATS, make_format, texts_for
+from chat_texts import FORMATS, REAL, make_format, real_format
 
-from lorasmith.errors import DataError
-from lorasmith.families import find_family
-from lorasmith.text.loading import load_tokenizer
-from lorasmith.text.template import ChatFormat
-from lorasmith.types import IGNORE_INDEX, Conversation, Message
-
-ROWS = 300
+from lorasmith.testing import LawBroken
+from lorasmith.testing.chat_laws import prompt_is_prefix
 
 
 @pytest.mark.parametrize(("family", "name"), FORMATS)
 def test_small_vocabularies(tmp_path: Path, family: str, name: str) -> None:
-    check(make_format(tmp_path, family, name))
+    prompt_is_prefix(make_format(tmp_path, family, name))
 
 
-@pytest.mark.parametrize(("family", "folder"), [("llama3", "llama3"), ("deepseek", "deepseek-llm")])
+@pytest.mark.parametrize("family", REAL)
 @pytest.mark.parametrize("name", ["official", "tutorial"])
-def test_real_vocabularies(shared: Path, tmp_path: Path, family: str, folder: str, name: str) -> None:
-    source = shared / "data/tokenizers" / folder / "tokenizer.rebuilt.json"
-    (tmp_path / "tokenizer.json").symlink_to(source)
-    check(find_family({}, family).chat_format(name, load_tokenizer(tmp_path)))
+def test_real_vocabularies(shared: Path, tmp_path: Path, family: str, name: str) -> None:
+    prompt_is_prefix(real_format(shared, tmp_path, family, name))
 
 
-def check(chat_format: ChatFormat) -> None:
-    texts = texts_for(chat_format.tokenizer, 4 * ROWS, seed=7)
-    proven = sum(is_prefix(chat_format, texts[4 * row : 4 * row + 4]) for row in range(ROWS))
-    assert proven > ROWS / 3
-
-
-def is_prefix(chat_format: ChatFormat, contents: list[str]) -> bool:
-    roles = ("user", "assistant", "user", "assistant")
-    messages = tuple(Message(role, text) for role, text in zip(roles, contents, strict=True))  # type: ignore[arg-type]
-    try:
-        trained = chat_format.encode(Conversation(messages, "row 1"))
-    except DataError:  # refused rather than trained askew; never by a family's own format
-        if not chat_format.joint_text:
-            raise
-        return False
-    for turn in (1, 3):
-        prompt = chat_format.encode(Conversation(messages[:turn], "row 1"), for_generation=True).input_ids
-        assert np.array_equal(prompt, trained.input_ids[: len(prompt)])
-        begins_here = trained.labels[len(prompt) - 1]
-        assert begins_here != IGNORE_INDEX
-        assert (trained.labels[: len(prompt) - 1] != IGNORE_INDEX).any() == (
-            turn == 3
-        ) or "tutorial" in chat_format.name
-    return True
+def test_a_format_whose_prompt_is_another_breaks_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat_format = make_format(tmp_path, "baichuan2", "official")
+    whole = chat_format.pieces
+    monkeypatch.setattr(
+        chat_format, "pieces", lambda messages, for_generation=False: whole(messages)
+    )  # the prompt lacks its last token
+    with pytest.raises(LawBroken, match="prefix of what was trained"):
+        prompt_is_prefix(chat_format)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from lorasmith.errors import ConfigError
+from lorasmith.text.sentencepiece_model import SpecialPieces
 from lorasmith.text.template import ChatFormat
 from lorasmith.text.tokenizer import Tokenizer
 
@@ -30,6 +31,8 @@ class Family:
     """File in families/canaries with strings and the ids that the real vocabulary gives them."""
     verified_against: str
     """What this family's ids and figures were checked with."""
+    special_pieces: SpecialPieces | None = None
+    """Given where the tokenizer is the original tokenizer.model: what in it exists by id only."""
 
     def chat_format(self, name: str, tokenizer: Tokenizer, extra_stop_ids: Sequence[int] = ()) -> ChatFormat:
         """`extra_stop_ids` are `stop_ids_of(generation_config)`, where the directory has one.

@@ -18,7 +18,9 @@ from lorasmith.families.base import Family
 from lorasmith.text.fast import FastTokenizer
 from lorasmith.text.tokenizer import Tokenizer
 
-_FIX = "get the model's own tokenizer.json again; one that transformers 5 has saved may be damaged"
+_FIX = (
+    "get the model's own tokenizer file again; a tokenizer.json that transformers 5 has saved may be damaged"
+)
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Canary:
     special_ids: Mapping[str, int]
     strings: tuple[tuple[str, list[int]], ...]
     parts: Mapping[str, Any]
-    """The known normalizer, pre_tokenizer and decoder, as tokenizer.json writes them."""
+    """The known normalizer, pre_tokenizer and decoder of a tokenizer.json."""
 
     def is_about(self, tokenizer: Tokenizer) -> bool:
         """Whether this is the vocabulary whose ids are known, and not a small one made for tests."""
@@ -45,7 +47,7 @@ def load_canary(family: Family) -> Canary | None:
     )
     tree = json.loads(text)
     strings = tuple((text, ids) for text, ids in tree["strings"])
-    return Canary(tree["vocab_size"], tree["special_ids"], strings, tree["parts"])
+    return Canary(tree["vocab_size"], tree["special_ids"], strings, tree.get("parts", {}))
 
 
 def check_canary(family: Family, tokenizer: Tokenizer) -> None:
@@ -63,7 +65,7 @@ def check_canary(family: Family, tokenizer: Tokenizer) -> None:
     for index in tokenizer.lost(texts, encoded):
         raise TokenizerError(
             f"the tokenizer loses text: {texts[index]!r} comes back as {tokenizer.decode(encoded[index])!r}",
-            why=f"a vocabulary of the family {family.name} is byte-level and loses nothing",
+            why=f"a vocabulary of the family {family.name} has a piece for every byte and loses nothing",
             fix=_FIX,
         )
 

@@ -22,8 +22,14 @@ def _official(tokenizer: Tokenizer, extra_stop_ids: Sequence[int]) -> ChatFormat
     return TemplateFormat(tokenizer, extra_stop_ids)
 
 
+_REMOTE_ONLY = {"baichuan", "chatglm", "transnormer"}
+"""model_types that transformers does not know: their older relatives (Baichuan-1, ChatGLM2, GLM-4 with remote
+code) live as remote code, which is never run."""
+
+
 def _fits(config: ConfigJson) -> bool:
-    return bool(config.get("model_type") or config.get("architectures"))
+    known = config.get("model_type") or config.get("architectures")
+    return bool(known) and config.get("model_type") not in _REMOTE_ONLY
 
 
 FAMILY = Family(

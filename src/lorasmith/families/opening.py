@@ -24,7 +24,7 @@ def open_chat(
     Raises: SetupError, FamilyError, TokenizerError, ConfigError.
     """
     found = open_family(directory, family)
-    tokenizer = checked_tokenizer(found, load_tokenizer(directory))
+    tokenizer = checked_tokenizer(found, load_tokenizer(directory, found.special_pieces))
     stop_ids = stop_ids_of(read_json_if_there(directory / "generation_config.json"))
     return found, found.chat_format(chat_format, tokenizer, stop_ids)
 

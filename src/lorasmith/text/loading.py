@@ -1,7 +1,7 @@
-"""A model directory's tokenizer, read from tokenizer.json itself.
+"""A model directory's tokenizer, read from tokenizer.json itself, or tokenizer.model where a family says so.
 
 Not through transformers: its 5.x classes replace the pre-tokenizer of some files (DeepSeek's among them), and
-text is then lost without a word.
+text is then lost without a word. The `auto_map` of tokenizer_config.json, code to run, is not read.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import tokenizers
 from lorasmith.errors import DataError, FamilyError, TokenizerError
 from lorasmith.text.fast import FastTokenizer
 from lorasmith.text.render import ChatTemplate, take_spans
+from lorasmith.text.sentencepiece_model import SentencePieceTokenizer, SpecialPieces
 from lorasmith.text.tokenizer import Tokenizer
 
 JsonObject: TypeAlias = dict[str, Any]
@@ -29,11 +30,15 @@ _PROBES = (
 )
 
 
-def load_tokenizer(directory: Path) -> Tokenizer:
+def load_tokenizer(directory: Path, special_pieces: SpecialPieces | None = None) -> Tokenizer:
     """The tokenizer of a model directory, with every control token shut off in plain text.
+
+    With `special_pieces` it is the one in tokenizer.model, by sentencepiece.
 
     Raises: TokenizerError if there is none, or a file of it cannot be read, naming the file.
     """
+    if special_pieces is not None:
+        return _from_tokenizer_model(directory, special_pieces)
     config = {**_read_optional(directory / "special_tokens_map.json"), **_tokenizer_config(directory)}
     named = {name: _text_of(config[name]) for name in _NAMED if config.get(name)}
     template = _chat_template(directory, config)
@@ -44,6 +49,22 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     _flag_special(definition, controls)
     backend = _backend(definition, directory / "tokenizer.json")
     return FastTokenizer(backend, named=named, chat_template=template)
+
+
+def _from_tokenizer_model(directory: Path, special_pieces: SpecialPieces) -> Tokenizer:
+    path = directory / "tokenizer.model"
+    if not path.exists():
+        raise TokenizerError(
+            "the model directory has no tokenizer.model",
+            where=str(directory),
+            why="this family's tokenizer is made of that file",
+            fix="download the whole model directory, tokenizer files included",
+        )
+    template = _chat_template(directory, _tokenizer_config(directory))
+    try:
+        return SentencePieceTokenizer(path.read_bytes(), special_pieces, chat_template=template)
+    except (OSError, RuntimeError, ValueError) as error:  # sentencepiece raises RuntimeError for a bad file
+        raise _unreadable(path, str(error)) from None
 
 
 def _definition(directory: Path) -> JsonObject:

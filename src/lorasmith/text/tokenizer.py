@@ -61,6 +61,6 @@ class Tokenizer(ABC):
             raise TokenizerError(
                 f"the tokenizer has no special token {token!r}",
                 why="the chat format needs it to mark turns",
-                fix="check that tokenizer.json belongs to this model, or choose another --family",
+                fix="check that the tokenizer file belongs to this model, or choose another --family",
             )
         return self.special_tokens[token]

@@ -8,7 +8,7 @@ import tokenizers_factory as factory
 from chat_texts import make_format
 
 from lorasmith.errors import ConfigError, FamilyError
-from lorasmith.families import all_families, deepseek, find_family, llama3, stop_ids_of
+from lorasmith.families import all_families, chatglm3, deepseek, find_family, llama3, stop_ids_of
 from lorasmith.text.loading import load_tokenizer
 
 LLAMA3 = {"model_type": "llama", "vocab_size": 128256, "rope_theta": 500000.0}
@@ -29,6 +29,15 @@ DEEPSEEK = {"model_type": "llama", "vocab_size": 102400, "bos_token_id": 100000,
         ({"model_type": "qwen3", "vocab_size": 151936}, "generic"),
         ({"architectures": ["GemmaForCausalLM"]}, "generic"),
         ({"model_type": "llama", "auto_map": {"AutoModel": "evil.Model"}}, "generic"),
+        ({"model_type": "baichuan", "vocab_size": 125696}, "baichuan2"),
+        ({"architectures": ["BaichuanForCausalLM"], "vocab_size": 128}, "baichuan2"),
+        (
+            {"model_type": "chatglm", "architectures": ["ChatGLMModel"], "padded_vocab_size": 65024},
+            "chatglm3",
+        ),
+        ({"architectures": ["ChatGLMForConditionalGeneration"], "padded_vocab_size": 128}, "chatglm3"),
+        ({"architectures": ["TransnormerForCausalLM"], "auto_map": {"AutoModel": "x.y"}}, "transnormer"),
+        ({"model_type": "transnormer"}, "transnormer"),
     ],
 )
 def test_auto_reads_config_json(config: dict[str, Any], name: str) -> None:
@@ -42,15 +51,20 @@ def test_a_shrunk_config_may_be_named() -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        {"model_type": "baichuan"},
-        {"architectures": ["BaichuanForCausalLM"]},
-        {"model_type": "chatglm", "architectures": ["ChatGLMModel"]},
+        {"model_type": "baichuan", "vocab_size": 64000},  # Baichuan-1
+        {"model_type": "chatglm", "padded_vocab_size": 151552},  # GLM-4 with remote code
+        {"model_type": "chatglm", "vocab_size": 130528},  # ChatGLM-1
     ],
 )
-@pytest.mark.parametrize("name", ["auto", "generic", "llama3"])
-def test_families_to_come_are_refused(config: dict[str, Any], name: str) -> None:
-    with pytest.raises(FamilyError, match=r"no native port of .* yet"):
-        find_family(config, name)
+def test_relatives_that_live_by_remote_code_are_refused_with_what_they_say(config: dict[str, Any]) -> None:
+    with pytest.raises(FamilyError, match="fits no family") as caught:
+        find_family({**config, "auto_map": {"AutoModel": "evil.Model"}})
+    assert all(str(value) in caught.value.why for value in config.values())
+    assert "baichuan2, chatglm3, transnormer" in caught.value.fix
+
+
+def test_a_name_goes_before_detection() -> None:
+    assert find_family({"model_type": "chatglm"}, "chatglm3").name == "chatglm3"
 
 
 def test_an_unknown_name_gets_the_nearest() -> None:
@@ -61,14 +75,16 @@ def test_an_unknown_name_gets_the_nearest() -> None:
 
 
 def test_a_config_that_says_nothing() -> None:
-    with pytest.raises(FamilyError, match="what kind of model"):
+    with pytest.raises(FamilyError, match="fits no family") as caught:
         find_family({"auto_map": {}})
+    assert "neither model_type nor architectures" in caught.value.why
 
 
 def test_no_two_native_families_fit_one_config(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lorasmith.families._NATIVE", (llama3.FAMILY, llama3.FAMILY))
-    with pytest.raises(FamilyError, match="fits the families"):
+    with pytest.raises(FamilyError, match="fits the families llama3 and llama3") as caught:
         find_family(LLAMA3)
+    assert "model_type 'llama'" in caught.value.why
 
 
 def test_a_format_that_does_not_exist_names_those_that_do(tmp_path: Path) -> None:
@@ -95,3 +111,7 @@ def test_stop_ids_of_the_native_families(tmp_path: Path) -> None:
         deep.tokenizer.eos_id,
         9,
     )
+    chatglm = make_format(tmp_path / "chatglm3", "chatglm3", "official").tokenizer
+    named = ("</s>", "<|user|>", "<|observation|>")
+    chat_format = chatglm3.FAMILY.chat_format("official", chatglm, (2,))
+    assert chat_format.stop_ids == tuple(map(chatglm.special_id, named))

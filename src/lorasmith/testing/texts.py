@@ -1,0 +1,69 @@
+"""Random texts full of traps, and tiny random conversations of token ids."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from lorasmith.text.tokenizer import Tokenizer
+from lorasmith.types import IGNORE_INDEX, Example
+
+_LETTERS = (
+    "Hello",
+    " world",
+    "你好",
+    "臣妾做不到啊",
+    "🌸",
+    "👩‍👩‍👧",
+    "é",
+    "e\u0301",
+    "ø",
+    "ü",
+    "ÿ",
+    "ß",
+    "龘",
+)
+_SPACES = ("\n", "\n\n", "\r\n", "\t", " ", "  ", "   ", "\u200b", "\x00")
+_MARKS = ("1723", "3.14", "<|", "|>", "<", "'", '"', "\\n", "{{", "%}", "[INST]", "</think>", "User:")
+_TURNS = ("\n\nAssistant:", "Human:\n", "<|im_start|>", "<|user|>", "<reserved_106>", "</s>", "<unk>")
+_INTERNAL = ("\ufdd0", "\ufdd1", "\ufffd", "qz0q", "qzz1q", "▁", "Ġ", "<0x0A>")
+_WORDS = (*_LETTERS, *_SPACES, *_MARKS, *_TURNS, *_INTERNAL)
+"""What templates, tokenizers and roles are written with, and what our own code uses inside."""
+
+
+def random_texts(tokenizer: Tokenizer, count: int, seed: int = 0) -> list[str]:
+    """`count` texts, a third of whose words are the text of the tokenizer's own special tokens."""
+    texts = list(_random_texts(count, list(tokenizer.special_tokens), seed))
+    return [text.replace("▁", "") for text in texts] if opens_with_space(tokenizer) else texts
+
+
+def opens_with_space(tokenizer: Tokenizer) -> bool:
+    """sentencepiece kinds: the first space belongs to them, and "▁" is how they write one."""
+    return tokenizer.decode(tokenizer.encode("a▁")) == "a "
+
+
+def _random_texts(count: int, traps: Sequence[str], seed: int) -> Iterator[str]:
+    rng = random.Random(seed)
+    for _ in range(count):
+        words = [
+            rng.choice(traps if traps and rng.random() < 0.3 else _WORDS) for _ in range(rng.randint(0, 9))
+        ]
+        text = "".join(words)
+        yield text if rng.random() < 0.7 else text[rng.randint(0, len(text)) :]
+
+
+def random_examples(
+    vocab_size: int, count: int = 6, *, seed: int = 0, prefix: int = 3, longest: int = 20
+) -> list[Example]:
+    """Conversations with a common start, of different lengths; about half the positions have a label."""
+    rng = np.random.default_rng(seed)
+    start = rng.integers(3, vocab_size, prefix)
+    rows = []
+    for row in range(count):
+        ids = np.concatenate([start, rng.integers(3, vocab_size, rng.integers(2, longest))])
+        labels = np.where(rng.random(len(ids)) < 0.5, rng.integers(3, vocab_size, len(ids)), IGNORE_INDEX)
+        labels[-1] = 2
+        rows.append(Example(ids, labels, f"rows:{row + 1}"))
+    return rows
