@@ -137,12 +137,12 @@ def load_model(
     """
     from lorasmith.families.opening import open_chat
     from lorasmith.model.model import Model
-    from lorasmith.training.run_dir import ChatSettings, adapter_of, is_adapter_dir, read_chat_settings
+    from lorasmith.training.run_dir import ChatSettings, adapter_asked, is_adapter_dir, read_chat_settings
 
     run = Path(path_or_repo)
-    chat = ChatSettings(path_or_repo, family, chat_format or "official", None)
-    if is_adapter_dir(run):
-        chat, adapter = read_chat_settings(run), str(adapter_of(run, checkpoint))
+    adapter = adapter_asked(run, adapter, checkpoint)
+    base = ChatSettings(path_or_repo, family, chat_format or "official", None)
+    chat = read_chat_settings(run) if is_adapter_dir(run) else base
     asked = {"dtype": dtype, "device": device, "hub": hub, "revision": revision}
     wanted = {"family": chat.family if family == "auto" else family, "path": _absolute(chat.base)}
     wanted["chat_format"] = chat_format or chat.chat_format

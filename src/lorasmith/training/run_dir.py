@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lorasmith.config import RunConfig, to_yaml
-from lorasmith.errors import CheckpointError, SetupError
+from lorasmith.errors import CheckpointError, ConfigError, SetupError
 from lorasmith.hub.files import read_json, read_json_if_there
 from lorasmith.model.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lorasmith.training.checkpoint import checkpoint_dir, damage, list_checkpoints, newest_checkpoint
@@ -94,6 +94,22 @@ def read_chat_settings(path: Path) -> ChatSettings:
             fix="give the base model's directory, and the adapter with --adapter",
         )
     return ChatSettings(base=base, family="auto", chat_format="official", system=None)
+
+
+def adapter_asked(path: Path, adapter: str | None, checkpoint: int | None) -> str | None:
+    """The adapter to load when a person names `path`, and perhaps an adapter or a checkpoint; None: none.
+
+    Raises: ConfigError for an adapter beside a run, and for a checkpoint of what is no run.
+    """
+    if is_adapter_dir(path):
+        if adapter is not None:
+            fix = "name its base model in its place, or leave the adapter out"
+            raise ConfigError("a run brings its own adapter", where=str(path), fix=fix)
+        return str(adapter_of(path, checkpoint))
+    if checkpoint is not None:
+        fix = "name the run directory, or leave the checkpoint out"
+        raise ConfigError("only a run has checkpoints", where=str(path), fix=fix)
+    return adapter
 
 
 def adapter_of(path: Path, checkpoint: int | None) -> Path:
