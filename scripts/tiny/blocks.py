@@ -52,7 +52,7 @@ def read_blocks(name: str) -> list[Block]:
             blocks.append(Block(head[1], head[2] or "-"))
         elif line and not line.startswith("#"):
             mark, text = line.split(" ", 1)
-            parts = [text] if mark.startswith("=") or mark.startswith("!") else text.split(" | ")
+            parts = [text] if mark.startswith(("=", "!")) else text.split(" | ")
             if mark.startswith("%") and not text.startswith("@"):
                 parts = [part.strip() for part in text.split(";")]
             blocks[-1].lines[mark] = [part.strip() for part in parts]
