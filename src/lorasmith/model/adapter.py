@@ -21,12 +21,10 @@ from transformers import PreTrainedModel
 
 from lorasmith.config import LoraConfig
 from lorasmith.errors import ConfigError, SetupError
+from lorasmith.hub.adapter_dir import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lorasmith.hub.files import read_json
 from lorasmith.model.dropout import DropoutClock, use_stateless_dropout
 from lorasmith.model.mutated_init import as_plain_lora, moves_base_weights, plain_config
-
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 def attach_lora(
