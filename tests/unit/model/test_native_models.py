@@ -17,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import lorasmith as ls
 from lorasmith.data.pack import lay_out
+from lorasmith.errors import ConfigError
 from lorasmith.model.adapter import attach_lora
 from lorasmith.model.checkpointing import activation_checkpointing
 from lorasmith.model.dropout import DropoutClock
@@ -149,6 +150,20 @@ def test_activation_checkpointing_saves_memory_and_changes_nothing(kind: str) ->
     assert loss == loss_again
     assert all(torch.equal(a, b) for a, b in zip(gradients, gradients_again, strict=True))
     assert recomputed < kept / 3, (kept, recomputed)
+
+
+def test_lora_on_a_norm_head_is_refused() -> None:
+    """It could be trained but not merged: the norm of a sum is no sum of norms."""
+    with pytest.raises(ConfigError, match="LoRA does not fit") as caught:
+        attach_lora(
+            tiny_module("baichuan2"),
+            ls.LoraConfig(target_modules=["W_pack", "lm_head"]),
+            family_targets=None,
+            base_name="base",
+            clock=DropoutClock(0),
+        )
+    assert "NormHead" in caught.value.why
+    assert "modules_to_save" in caught.value.fix
 
 
 def test_a_trained_head_goes_through_stock_peft_and_back(tmp_path: Path) -> None:
