@@ -178,8 +178,7 @@ class DecayedAttention(nn.Module):
             v = v * real_BT[..., None, None]
         out_BTHD = self._attend(q, k, v, decay_H, index, cache)
         normed = simple_rms_norm(out_BTHD.flatten(2)).to(gate.dtype)
-        projected: Tensor = self.out_proj(gate * normed)
-        return projected
+        return self.out_proj(gate * normed)
 
     def _attend(
         self,
@@ -215,8 +214,7 @@ class GatedLinearUnit(nn.Module):
         self.l3 = nn.Linear(config.glu_dim, config.decoder_embed_dim, bias=False)
 
     def forward(self, x_BTM: Tensor) -> Tensor:
-        mixed: Tensor = self.l3(self.l1(x_BTM) * self.l2(x_BTM))
-        return mixed
+        return self.l3(self.l1(x_BTM) * self.l2(x_BTM))
 
 
 class TransNormerLayer(GradientCheckpointingLayer):  # type: ignore[misc]
@@ -236,8 +234,7 @@ class TransNormerLayer(GradientCheckpointingLayer):  # type: ignore[misc]
     ) -> Tensor:
         normed = simple_rms_norm(x_BTM)
         x_BTM = x_BTM + self.token_mixer(normed, decay_H, positions_BT, real_BT, index, past_key_values)
-        mixed: Tensor = self.channel_mixer(simple_rms_norm(x_BTM))
-        return x_BTM + mixed
+        return x_BTM + self.channel_mixer(simple_rms_norm(x_BTM))
 
 
 class TransNormerPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
