@@ -93,11 +93,11 @@ def load_module(
     from lorasmith.families.opening import open_family
     from lorasmith.model.adapter import load_adapter
     from lorasmith.model.dtype import resolve_device, resolve_dtype
-    from lorasmith.model.load import hidden_size, load_base, read_model_config
+    from lorasmith.model.load import hidden_size, load_base
+    from lorasmith.model.plugin_classes import family_config
 
     directory = download(path_or_repo)
-    open_family(directory, family)
-    config = read_model_config(directory)
+    config = family_config(directory, open_family(directory, family))
     on = resolve_device(device)
     module = load_base(directory, config, resolve_dtype(dtype, on, hidden_size(config)), on)
     return load_adapter(module, Path(adapter)) if adapter else module
@@ -245,7 +245,8 @@ def run(
 def plan(config: RunConfig) -> Plan:
     """What `run` would do and need: reads the data, config.json and the tokenizer, never the weights."""
     from lorasmith.model.dtype import DTYPE_NAMES, resolve_device, resolve_dtype
-    from lorasmith.model.load import hidden_size, read_model_config
+    from lorasmith.model.load import hidden_size
+    from lorasmith.model.plugin_classes import family_config
     from lorasmith.training.estimate import Plan, estimate_memory
     from lorasmith.training.loop import total_steps
 
@@ -253,7 +254,7 @@ def plan(config: RunConfig) -> Plan:
     parameters = _count_parameters(prepared, config.lora)
     loader = _loader(prepared.data.examples, config.train)
     rows = [batch for n in range(min(50, loader.steps_per_epoch)) for batch in loader.step(n)]
-    model_config = read_model_config(prepared.directory)
+    model_config = family_config(prepared.directory, prepared.family)
     dtype = resolve_dtype(config.model.dtype, resolve_device(config.model.device), hidden_size(model_config))
     memory = estimate_memory(
         model_config,
@@ -331,10 +332,11 @@ def _prepare(config: RunConfig, *, rejects_path: Path | None) -> _Prepared:
 
 
 def _count_parameters(prepared: _Prepared, lora: LoraConfig) -> ParameterCount:
-    from lorasmith.model.load import read_model_config
+    from lorasmith.model.plugin_classes import family_config
     from lorasmith.training.estimate import count_parameters
 
-    return count_parameters(read_model_config(prepared.directory), lora, prepared.family.target_modules)
+    model_config = family_config(prepared.directory, prepared.family)
+    return count_parameters(model_config, lora, prepared.family.target_modules)
 
 
 def _loader(examples: Sequence[Example], train: TrainConfig) -> Loader:
