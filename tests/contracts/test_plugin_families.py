@@ -109,6 +109,9 @@ def test_an_unfit_plugin_is_told_and_left_out(install: Install, content: str, wh
     assert find_family({"model_type": "llama", "vocab_size": 128256}).name == "llama3"
     with pytest.raises(FamilyError, match="plug-in family 'broken' cannot be used"):
         find_family({}, "broken")
+    with pytest.raises(FamilyError, match="fits no family") as caught:
+        find_family({})
+    assert "cannot be used, `lorasmith families` tells why: broken" in caught.value.fix
     shown = CliRunner().invoke(app, ["families"])
     assert why in shown.stderr
     assert "Baichuan2" in shown.stdout
