@@ -91,8 +91,12 @@ FAMILY = replace(find_family({}, "llama3"), %s)
     [
         ("raise RuntimeError('no GPU here')", "RuntimeError: no GPU here"),
         ("import a_module_that_is_not_there", "ModuleNotFoundError"),
-        ("FAMILY = 7", "it is a int, not a lorasmith.families.Family"),
+        ("FAMILY = 7", "it is of type int, not lorasmith.families.Family"),
         ("OTHER = 7", "AttributeError"),
+        ("raise SystemExit('not on this machine')", "SystemExit: not on this machine"),
+        (FAMILY % "name=None", "its name is None"),
+        (FAMILY % "name='new', fits=True", "its `fits` is no function"),
+        (FAMILY % "name='new', chat_formats=None", "no chat format 'official'"),
         (FAMILY % "name='deepseek'", "the name 'deepseek' is taken"),
         (FAMILY % "name='generic'", "the name 'generic' is taken"),
         (FAMILY % "name='auto'", "the name 'auto' is taken"),

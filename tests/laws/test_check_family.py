@@ -22,7 +22,7 @@ from lorasmith.types import Message, Piece
 def test_our_own_pass(tmp_path: Path, name: str) -> None:
     module = partial(tiny_module, name) if name in KINDS else None
     checked = check_family(find_family({}, name), LIKE[name](tmp_path), module=module)
-    assert len(checked) == (5 if module is None else 9)
+    assert len(checked) == (6 if module is None else 10)
 
 
 @pytest.mark.parametrize("name", REAL)
