@@ -78,8 +78,8 @@ def memory_told() -> Iterator[None]:
         raise MemoryLimitError(
             "a training step does not fit into memory",
             why=str(error).strip().splitlines()[0],
-            fix="lower train.max_tokens (the result stays the same) and go on with --resume; or start again with "
-            "train.activation_checkpointing: true or a lower data.max_length",
+            fix="lower train.max_tokens (the result stays the same) and go on with --resume; or start again "
+            "with train.activation_checkpointing: true or a lower data.max_length",
         ) from error
 
 
