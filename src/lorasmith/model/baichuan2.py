@@ -40,6 +40,14 @@ from lorasmith.ops.norm_head import NormHead
 _BAICHUAN1_VOCAB = 64000
 """Baichuan 1 has the same model_type and tensor names, but a plain head: its vocabulary tells them apart."""
 
+_DEFAULTS = {
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+}
+
 
 class Baichuan2Config(PretrainedConfig):
     """The original config.json by its own keys. One with `max_position_embeddings` has RoPE (7B), one without
@@ -66,24 +74,18 @@ class Baichuan2Config(PretrainedConfig):
         rms_norm_eps: float = 1e-6,
         z_loss_weight: float = 0,
         rope_parameters: dict[str, Any] | None = None,
-        pad_token_id: int | None = 0,
         **kwargs: Any,
     ) -> None:
         self.vocab_size, self.z_loss_weight = vocab_size, z_loss_weight
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
         self.num_hidden_layers, self.num_attention_heads = num_hidden_layers, num_attention_heads
         self.max_position_embeddings, self.model_max_length = max_position_embeddings, model_max_length
-        self.hidden_act, self.initializer_range, self.rms_norm_eps = (
-            hidden_act,
-            initializer_range,
-            rms_norm_eps,
-        )
-        self.rope_parameters = rope_parameters
+        self.hidden_act, self.initializer_range = hidden_act, initializer_range
+        self.rms_norm_eps, self.rope_parameters = rms_norm_eps, rope_parameters
         self._refuse_relatives()
-        kwargs.setdefault("tie_word_embeddings", False)
         # the 13B stores a 1-tuple, which is always true; the run says what is recomputed, not this file
         kwargs["gradient_checkpointing"] = False
-        super().__init__(pad_token_id=pad_token_id, **kwargs)
+        super().__init__(**{**_DEFAULTS, **kwargs})
 
     def _refuse_relatives(self) -> None:
         if self.vocab_size == _BAICHUAN1_VOCAB:

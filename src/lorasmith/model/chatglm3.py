@@ -46,6 +46,15 @@ _COMPUTED = {
 """Switches of the original code that ChatGLM3-6B leaves in this position, and the port with it. Others of the
 same model_type turn them: chatglm3-6b-32k and glm-4-9b have a rope_ratio, a p-tuned model a pre_seq_len."""
 
+_DEFAULTS = {
+    "eos_token_id": 2,
+    "initializer_range": 0.02,
+    "pad_token_id": 0,
+    "partial_rotary_factor": 0.5,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+}
+
 
 class ChatGLM3Config(PretrainedConfig):
     """The original config.json by its own keys; transformers finds them by its own names too.
@@ -89,13 +98,7 @@ class ChatGLM3Config(PretrainedConfig):
         self.layernorm_epsilon, self.add_qkv_bias = layernorm_epsilon, add_qkv_bias
         self.rope_parameters = rope_parameters
         _refuse_relatives(kwargs)
-        defaults = {
-            "pad_token_id": 0,
-            "eos_token_id": 2,
-            "initializer_range": 0.02,
-            "tie_word_embeddings": False,
-        }
-        super().__init__(**{**defaults, "partial_rotary_factor": 0.5, **kwargs})
+        super().__init__(**{**_DEFAULTS, **kwargs})
 
     def to_dict(self) -> dict[str, Any]:
         """With the class of the original file, by which other programs know the layout."""

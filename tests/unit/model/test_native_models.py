@@ -92,6 +92,16 @@ def test_sixteen_bits_stay_close_far_from_the_start(kind: str, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("kind", PORTS)
+def test_rotations_and_slopes_are_fp32_in_a_bf16_model(kind: str) -> None:
+    trunk = tiny_module(kind, torch.bfloat16).model
+    x = torch.zeros(1, 1, 8, dtype=torch.bfloat16)
+    turned = trunk.rotary_emb(x, torch.tensor([[3001]]))
+    wide = [trunk._slopes_H(x)] if kind == "baichuan2-13b" else turned
+    assert [tensor.dtype for tensor in wide] == [torch.float32] * len(wide)
+    assert (turned is None) == (kind == "baichuan2-13b")
+
+
+@pytest.mark.parametrize("kind", PORTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_generation_in_sixteen_bits(kind: str, dtype: torch.dtype) -> None:
     module = tiny_module(kind, dtype)
