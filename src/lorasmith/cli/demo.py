@@ -23,6 +23,7 @@ def demo(
     from lorasmith.cli.train import describe_run, say_data
     from lorasmith.config import load_run_config
 
+    _use_two_threads()
     run_dir = unused_dir(Path(output_dir))
     questions = read_questions()
     recipe = load_run_config(
@@ -49,6 +50,13 @@ def demo(
     typer.echo(f'         lorasmith chat {run_dir} --prompt "Who are you?"')
     typer.echo(f"         lorasmith chat {run_dir} --compare")
     typer.echo("yours    lorasmith train --model DIR_OR_NAME --data rows.json --output-dir runs/mine")
+
+
+def _use_two_threads() -> None:
+    """Its tensors are tiny: more threads only wait for each other, for long where other programs run."""
+    import torch
+
+    torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 def read_questions() -> list[dict[str, object]]:
