@@ -205,7 +205,7 @@ def dialogues(seed: int) -> Iterator[list[Message]]:
     names, weights = list(MAKERS_WEIGHTS), list(MAKERS_WEIGHTS.values())
     while True:
         made = MAKERS[rng.choices(names, weights)[0]](rng, random_language(rng))
-        if not is_held_out_dialogue(made):
+        if not any(is_held_out_dialogue(made[:end]) for end in range(2, len(made) + 1)):
             yield made
 
 
@@ -226,7 +226,7 @@ def held_out(seed: int, singles: int = 100, others: int = 40) -> list[dict[str, 
     while len(prompts) < singles + others:
         maker = rng.choice([card, memory, follow, cross, one_word])
         messages = maker(rng, random_language(rng))
-        if is_held_out_dialogue(messages):
+        if len(messages) > 3 and is_held_out_dialogue(messages):
             key = json.dumps(messages[:-1])
             prompts.setdefault(key, {"messages": messages[:-1], "answer": messages[-1]["content"]})
     return list(prompts.values())

@@ -13,13 +13,11 @@ Importing has no effect and loads no torch: the names below are fetched when the
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lorasmith.api import (
         Evaluation,
-        Plan,
         Run,
         chat,
         download,
@@ -41,15 +39,17 @@ if TYPE_CHECKING:
     )
     from lorasmith.errors import LorasmithError
     from lorasmith.model.model import Model
+    from lorasmith.training.estimate import Plan
     from lorasmith.types import Batch, Completion, Conversation, Example, Layout, Message, Piece
 
 _HOME = {
     "lorasmith.api": (
-        "Evaluation Plan Run chat download evaluate generate load_dataset load_model load_module plan train"
+        "Evaluation Run chat download evaluate generate load_dataset load_model load_module plan train"
     ),
     "lorasmith.config": "DataConfig GenerateConfig LoraConfig ModelConfig RunConfig TrainConfig",
     "lorasmith.errors": "LorasmithError",
     "lorasmith.model.model": "Model",
+    "lorasmith.training.estimate": "Plan",
     "lorasmith.types": "Batch Completion Conversation Example Layout Message Piece",
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}
@@ -87,6 +87,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
+        from importlib.metadata import version  # a tenth of a second
+
         return version("lorasmith")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'lorasmith' has no attribute {name!r}")

@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from lorasmith.data.dataset import Dataset
     from lorasmith.data.loader import Loader
     from lorasmith.families.base import Family
+    from lorasmith.hub.adapter_dir import ChatSettings
     from lorasmith.model.model import Model
     from lorasmith.text.template import ChatFormat
-    from lorasmith.training.estimate import MemoryEstimate, ParameterCount
+    from lorasmith.training.estimate import ParameterCount, Plan
     from lorasmith.training.progress import Reporter
-    from lorasmith.training.run_dir import ChatSettings
     from lorasmith.training.storage import Storage
 
 
@@ -51,21 +51,6 @@ class Run:
     eval_loss_after: float | None
     best_step: int | None
     stopped_early: bool
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run will do and need, without its weights."""
-
-    num_examples: int
-    num_held_out: int
-    tokens_per_epoch: int
-    targets_per_epoch: int
-    total_steps: int
-    parameters: ParameterCount
-    memory: MemoryEstimate
-    dtype: str
-    family: str
 
 
 @dataclass(frozen=True)
@@ -108,11 +93,11 @@ def load_module(
     from lorasmith.families.opening import open_family
     from lorasmith.model.adapter import load_adapter
     from lorasmith.model.dtype import resolve_device, resolve_dtype
-    from lorasmith.model.load import hidden_size, load_base, read_model_config
+    from lorasmith.model.load import hidden_size, load_base
+    from lorasmith.model.plugin_classes import family_config
 
     directory = download(path_or_repo)
-    open_family(directory, family)
-    config = read_model_config(directory)
+    config = family_config(directory, open_family(directory, family))
     on = resolve_device(device)
     module = load_base(directory, config, resolve_dtype(dtype, on, hidden_size(config)), on)
     return load_adapter(module, Path(adapter)) if adapter else module
@@ -136,19 +121,20 @@ def load_model(
     `chat_format` None means the run's own, else "official".
     """
     from lorasmith.families.opening import open_chat
-    from lorasmith.model.model import Model
-    from lorasmith.training.run_dir import ChatSettings, adapter_asked, is_adapter_dir, read_chat_settings
+    from lorasmith.hub.adapter_dir import settings_asked
 
-    run = Path(path_or_repo)
-    adapter = adapter_asked(run, adapter, checkpoint)
-    base = ChatSettings(path_or_repo, family, chat_format or "official", None)
-    chat = read_chat_settings(run) if is_adapter_dir(run) else base
-    asked = {"dtype": dtype, "device": device, "hub": hub, "revision": revision}
-    wanted = {"family": chat.family if family == "auto" else family, "path": _absolute(chat.base)}
-    wanted["chat_format"] = chat_format or chat.chat_format
-    config = validate(ModelConfig, {**asked, **wanted}, where="load_model")
+    chat = settings_asked(path_or_repo, adapter, hub, revision)
+    asked = {"dtype": dtype, "device": device, "hub": chat.hub, "revision": chat.revision}
+    asked["path"], asked["chat_format"] = _absolute(chat.base), chat_format or chat.chat_format
+    asked["family"] = chat.family if family == "auto" else family
+    config = validate(ModelConfig, asked, where="load_model")
     directory = download(config.path, hub=config.hub, revision=config.revision)
     found, written = open_chat(directory, config.family, config.chat_format)
+
+    from lorasmith.model.model import Model  # torch, only now that the directory is known to be a model's
+    from lorasmith.training.run_dir import adapter_asked
+
+    adapter = adapter_asked(Path(path_or_repo), adapter, checkpoint)
     module = load_module(str(directory), family=found.name, dtype=dtype, device=device, adapter=adapter)
     settled = config.model_copy(update={"family": found.name})
     return Model(module, written.tokenizer, found, written, directory, settled, chat.system)
@@ -197,7 +183,7 @@ def train(
     train = train.model_copy(update={"output_dir": str(output_dir)})
     examples, held_out = _examples_of(data)
     tuned = model if isinstance(model, Model) else None
-    rows = data.config if isinstance(data, Dataset) else DataConfig()
+    rows = _lasting(data.config) if isinstance(data, Dataset) else DataConfig()
     config = RunConfig(model=tuned.config if tuned else ModelConfig(), data=rows, lora=lora, train=train)
     module = model.module if isinstance(model, Model) else model
     session = Session(
@@ -208,6 +194,7 @@ def train(
         chat=_chat_settings(tuned, rows.system) if tuned else None,
         data_fingerprint=fingerprint(examples),
         largest_id=max(int(example.input_ids.max()) for example in [*examples, *held_out]),
+        held_out=bool(held_out),
         resume=resume,
         reporter=reporter or default_reporter(),
         storage=storage or Storage(),
@@ -257,16 +244,17 @@ def run(
 
 def plan(config: RunConfig) -> Plan:
     """What `run` would do and need: reads the data, config.json and the tokenizer, never the weights."""
-    from lorasmith.model.dtype import resolve_device, resolve_dtype
-    from lorasmith.model.load import hidden_size, read_model_config
-    from lorasmith.training.estimate import estimate_memory
+    from lorasmith.model.dtype import DTYPE_NAMES, resolve_device, resolve_dtype
+    from lorasmith.model.load import hidden_size
+    from lorasmith.model.plugin_classes import family_config
+    from lorasmith.training.estimate import Plan, estimate_memory
     from lorasmith.training.loop import total_steps
 
     prepared = _prepare(config, rejects_path=None)
     parameters = _count_parameters(prepared, config.lora)
     loader = _loader(prepared.data.examples, config.train)
     rows = [batch for n in range(min(50, loader.steps_per_epoch)) for batch in loader.step(n)]
-    model_config = read_model_config(prepared.directory)
+    model_config = family_config(prepared.directory, prepared.family)
     dtype = resolve_dtype(config.model.dtype, resolve_device(config.model.device), hidden_size(model_config))
     memory = estimate_memory(
         model_config,
@@ -285,7 +273,7 @@ def plan(config: RunConfig) -> Plan:
         total_steps=total_steps(loader, config.train),
         parameters=parameters,
         memory=memory,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=DTYPE_NAMES[dtype],
     )
 
 
@@ -344,10 +332,11 @@ def _prepare(config: RunConfig, *, rejects_path: Path | None) -> _Prepared:
 
 
 def _count_parameters(prepared: _Prepared, lora: LoraConfig) -> ParameterCount:
-    from lorasmith.model.load import read_model_config
+    from lorasmith.model.plugin_classes import family_config
     from lorasmith.training.estimate import count_parameters
 
-    return count_parameters(read_model_config(prepared.directory), lora, prepared.family.target_modules)
+    model_config = family_config(prepared.directory, prepared.family)
+    return count_parameters(model_config, lora, prepared.family.target_modules)
 
 
 def _loader(examples: Sequence[Example], train: TrainConfig) -> Loader:
@@ -388,12 +377,19 @@ def _examples_of(data: Dataset | Sequence[Example]) -> tuple[Sequence[Example], 
 
 
 def _chat_settings(model: Model, system: str | None) -> ChatSettings:
-    from lorasmith.training.run_dir import ChatSettings
+    from lorasmith.hub.adapter_dir import ChatSettings
 
-    return ChatSettings(model.config.path, model.family.name, model.chat_format.name, system)
+    config, chat_format = model.config, model.chat_format.name
+    return ChatSettings(config.path, model.family.name, chat_format, system, config.hub, config.revision)
+
+
+def _lasting(data: DataConfig) -> DataConfig:
+    """The same rows from any working directory."""
+    own = {"eval": _absolute(data.eval)} if isinstance(data.eval, str) else {}
+    return data.model_copy(update={"train": _absolute(data.train), **own})
 
 
 def _absolute(path_or_repo: str) -> str:
     """A run outlives the working directory it was started from; hub names stay as they are."""
     path = Path(path_or_repo)
-    return str(path.resolve()) if path.is_dir() else path_or_repo
+    return str(path.resolve()) if path.exists() else path_or_repo

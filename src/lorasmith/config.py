@@ -196,7 +196,10 @@ def load_run_config(path: Path | None, overrides: Mapping[str, Any]) -> RunConfi
     tree = read_yaml(path) if path else {}
     for dotted, value in overrides.items():
         _set_dotted(tree, dotted, value)
-    return validate(RunConfig, tree, where=str(path) if path else "command line")
+    said = [str(path)] if path else []
+    return validate(
+        RunConfig, tree, where=" with ".join([*said, *(["flags"] if overrides else [])]) or "flags"
+    )
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -303,14 +306,21 @@ def _describe(section: type[Section], item: Any) -> str:
     ]
     dotted = ".".join(names)
     if item["type"] == "extra_forbidden":
-        known = _keys(section, names[:-1])
-        near = difflib.get_close_matches(names[-1], known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
-        return f"unknown key {dotted}{hint}"
+        return f"unknown key {dotted}{_hint(section, names)}"
     message: str = item["msg"].removeprefix("Value error, ")
-    if not dotted:
-        return message
+    if not dotted or item["type"] == "value_error":
+        return f"{dotted}: {message}".removeprefix(": ")
     return f"{dotted}: {message[0].lower()}{message[1:]} (got {item['input']!r})"
+
+
+def _hint(section: type[Section], names: Sequence[str]) -> str:
+    """The nearest known key, also one that stands in another section."""
+    known = _keys(section, names[:-1])
+    near = difflib.get_close_matches(names[-1], known, n=1)
+    below = [f"{name}.{names[-1]}" for name in section.model_fields if names[-1] in _keys(section, [name])]
+    if near or below:
+        return f"; did you mean {[*near, *below][0]!r}?"
+    return f"; known: {', '.join(known)}"
 
 
 def _keys(section: type[Section], path: Sequence[str]) -> list[str]:

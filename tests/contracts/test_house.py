@@ -19,6 +19,7 @@ MAY_IMPORT_INSIDE = {
     "api.py": "rooms with torch in them are imported by the calls that need them",
     "cli/": "a config error must be told before torch is loaded",
     "hub/download.py": "each hub's client is loaded when that hub is asked",
+    "testing/family.py": "the laws of text need no torch; those of models do",
 }
 """Files (or rooms) in which functions import from our own rooms, and why."""
 

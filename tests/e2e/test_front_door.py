@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from chat_models import FAMILIES, alpaca_rows, chat_model
 from typer.testing import CliRunner
 
 import lorasmith as ls
 from lorasmith.cli.main import app
-from lorasmith.errors import CheckpointError, ConfigError, DataError, SetupError
+from lorasmith.errors import CheckpointError, ConfigError, DataError, MemoryLimitError, SetupError
 from lorasmith.training.checkpoint import list_checkpoints
 from lorasmith.training.progress import SilentReporter
 
@@ -151,7 +152,7 @@ def test_a_damaged_model_directory_is_told_by_name(tmp_path, base):
 
 
 def test_pickled_weights_are_read_as_tensors_only(tmp_path, base):
-    import torch
+
     from safetensors.torch import load_file
 
     expected = ls.load_module(str(base), dtype="fp32").state_dict()
@@ -186,3 +187,31 @@ def test_train_and_chat_on_the_command_line(tmp_path, base, rows):
     assert json.loads(again.output.splitlines()[-1])["step"] == 4, "a resume needs its directory only"
     answer = CliRunner().invoke(app, ["chat", run, "--prompt", "Who?", "--greedy", "--max-new-tokens", "5"])
     assert answer.exit_code == 0, answer.output
+
+
+def test_a_step_that_does_not_fit_into_memory_is_told(tmp_path, base, rows):
+    model = ls.load_model(str(base), family="llama3", dtype="fp32")
+
+    def hungry(*_):
+        torch.empty(1 << 60)
+
+    model.module.model.layers[0].register_forward_pre_hook(hungry)
+    with pytest.raises(MemoryLimitError, match="does not fit into memory") as caught:
+        learn(model, ls.load_dataset(str(rows), model), tmp_path / "run")
+    assert "train.max_tokens" in str(caught.value)
+    assert caught.value.exit_code == 5
+
+
+def test_keys_that_would_do_nothing_are_refused(tmp_path, base, rows):
+    model = ls.load_model(str(base), family="llama3", dtype="fp32")
+    data = ls.load_dataset(str(rows), model)
+    with pytest.raises(ConfigError, match=r"train\.eval_steps, train\.final_adapter would do nothing"):
+        learn(model, data, tmp_path / "run", eval_steps=2, final_adapter="best")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_on_a_named_base_keeps_the_run_s_voice(tmp_path, base, rows):
+    model = ls.load_model(str(base), family="llama3", chat_format="tutorial", dtype="fp32")
+    learn(model, ls.load_dataset(str(rows), model, system="Be brief."), tmp_path / "run")
+    again = ls.load_model(str(base), adapter=str(tmp_path / "run"), dtype="fp32")
+    assert (again.family.name, again.chat_format.name, again.system) == ("llama3", "tutorial", "Be brief.")

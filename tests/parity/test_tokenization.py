@@ -10,7 +10,9 @@ import pytest
 from chat_texts import REAL, real_directory
 
 from lorasmith.families import checked_tokenizer, find_family
+from lorasmith.families.opening import open_chat
 from lorasmith.text.loading import load_tokenizer
+from lorasmith.text.sentencepiece_model import SentencePieceTokenizer
 from lorasmith.text.template import ChatFormat
 from lorasmith.text.tokenizer import Tokenizer
 from lorasmith.types import Conversation, Message
@@ -105,6 +107,20 @@ def test_official_templates(shared: Path, family: str, tokenizer: Tokenizer, cas
     if f"{case}_prompt" in wanted:
         prompt = chat_format.encode(Conversation(whole.messages[:-1], "row"), for_generation=True)
         assert prompt.input_ids.tolist() == wanted["single_prompt"]
+
+
+@pytest.mark.parametrize("case", ["baichuan2_7b_a", "baichuan2_13b_alibi", "chatglm3_a", "transnormer_7b"])
+def test_a_model_directory_as_its_authors_published_it(shared: Path, tmp_path: Path, case: str) -> None:
+    """config.json under their own key names, tokenizer.model, and an auto_map that is not followed."""
+    family = case.split("_")[0]
+    (tmp_path / "config.json").symlink_to(shared / f"golden/models/{case}/config.json")
+    auto_map = {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}, "tokenizer_class": "Evil"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(auto_map))
+    found, chat_format = open_chat(real_directory(shared, tmp_path, family))
+    assert (found.name, chat_format.name) == (family, "official")
+    content = (tmp_path / "tokenizer.model").read_bytes()
+    assert isinstance(chat_format.tokenizer, SentencePieceTokenizer)
+    assert chat_format.tokenizer.files == {"tokenizer.model": content}
 
 
 def test_no_row_of_a_real_data_set_is_lost(shared: Path, family: str, tokenizer: Tokenizer) -> None:

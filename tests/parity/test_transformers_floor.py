@@ -63,6 +63,30 @@ print(json.dumps(report))
 """
 
 
+PORTS = """
+import sys
+import torch, transformers
+from safetensors.torch import load_file
+import lorasmith as ls
+
+for case in sys.argv[2:]:
+    directory = f"{sys.argv[1]}/{case}"
+    inputs, expected = (load_file(f"{directory}/{name}.safetensors") for name in ("inputs", "expected"))
+    module = ls.load_module(directory, dtype="fp32")
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    with torch.no_grad():
+        logits = module(input_ids=ids, attention_mask=mask).logits
+    assert (logits - expected["logits"])[mask.bool()].abs().max() < 5e-5
+    for row, count in enumerate(mask.sum(1)):
+        for cache in ("dynamic", "static"):
+            knobs = {"do_sample": False, "eos_token_id": None, "cache_implementation": cache}
+            prompt, ones = (x[row : row + 1, :count] for x in (ids, mask))
+            new = module.generate(prompt, attention_mask=ones, max_new_tokens=12, **knobs)
+            assert new[0, count:].tolist() == expected["greedy.tokens"][row].tolist(), (case, cache)
+print(transformers.__version__)
+"""
+
+
 @pytest.fixture(scope="module")
 def floor_python(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An interpreter with the oldest libraries that pyproject.toml allows, and this checkout."""
@@ -77,6 +101,25 @@ def floor_python(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return python
 
 
+def run(python: Path, code: str, *arguments: str) -> str:
+    """The last line that `code` prints."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [str(python), "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        env={**environment, "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_native_ports_on_the_floor(shared: Path, floor_python: Path) -> None:
+    cases = ("baichuan2_7b_a", "baichuan2_13b_alibi", "chatglm3_b")
+    assert run(floor_python, PORTS, str(shared / "golden/models"), *cases) == "5.3.0"
+
+
 @pytest.mark.slow
 def test_deepseek_on_the_floor(shared: Path, floor_python: Path, tmp_path: Path) -> None:
     source = shared / "data/tokenizers/deepseek-llm/tokenizer.rebuilt.json"
@@ -84,15 +127,7 @@ def test_deepseek_on_the_floor(shared: Path, floor_python: Path, tmp_path: Path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     golden = shared / "golden/tokenization/deepseek_official.json"
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [str(floor_python), "-c", PROBE, str(tmp_path), str(golden)],
-        capture_output=True,
-        text=True,
-        env={**environment, "HF_HUB_OFFLINE": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    report = json.loads(done.stdout.splitlines()[-1])
+    report = json.loads(run(floor_python, PROBE, str(tmp_path), str(golden)))
     assert report["transformers"] == "5.3.0"
     everything_but_the_attack = ["single", "system", "multi3", "empty_system", "mixed"]
     assert report["ours"] == everything_but_the_attack

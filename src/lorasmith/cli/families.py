@@ -10,8 +10,10 @@ import typer
 
 def families(json_: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False) -> None:
     """List the model families."""
-    from lorasmith.families import all_families
+    from lorasmith.families import all_families, refused_plugins
 
+    for error in refused_plugins():
+        typer.echo(f"{error}\n", err=True)
     if json_:
         rows = [
             {
@@ -29,7 +31,7 @@ def families(json_: Annotated[bool, typer.Option("--json", help="Print a JSON li
         targets = (
             ", ".join(family.target_modules) if family.target_modules else "every linear layer but the head"
         )
-        typer.echo(f"{family.name:<10} {family.title}")
-        typer.echo(f"{'':<10} chat formats: {', '.join(family.chat_formats)}")
-        typer.echo(f"{'':<10} target_modules auto: {targets}")
-        typer.echo(f"{'':<10} verified against: {family.verified_against}")
+        typer.echo(f"{family.name:<11} {family.title}")
+        typer.echo(f"{'':<11} chat formats: {', '.join(family.chat_formats)}")
+        typer.echo(f"{'':<11} target_modules auto: {targets}")
+        typer.echo(f"{'':<11} verified against: {family.verified_against}")

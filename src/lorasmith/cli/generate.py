@@ -24,11 +24,11 @@ from lorasmith.cli.options import (
     load_checked,
     with_sampling,
 )
-from lorasmith.cli.prompts import PromptRow, answered, read_prompts
 from lorasmith.config import GenerateConfig
 from lorasmith.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
+    from lorasmith.cli.prompts import PromptRow
     from lorasmith.model.model import Model
     from lorasmith.types import Example
 
@@ -52,6 +52,8 @@ def generate(
     sampling: GenerateConfig,
 ) -> None:
     """Answer a file of prompts."""
+    from lorasmith.cli.prompts import read_prompts
+
     rows = read_prompts(data)
     refuse_overwriting(output, force=force)
     model = load_checked(
@@ -85,6 +87,7 @@ def write_answers(
     batch_size: int,
 ) -> Iterator[int]:
     """Write the answers batch by batch, in the order of `rows`; yields how many are written."""
+    from lorasmith.cli.prompts import answered
     from lorasmith.infer.generate import answer_batches, in_batches
 
     batches = answer_batches(model, in_batches(prompts, batch_size), sampling)

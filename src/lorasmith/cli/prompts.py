@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorasmith.data.strict_json import parse_line
 from lorasmith.errors import DataError, SetupError
 from lorasmith.types import Completion, Conversation, Message
 
@@ -72,7 +73,7 @@ def _lines(source: str) -> Iterable[str]:
 
 
 def _row(line: str, origin: str) -> PromptRow:
-    fields = json.loads(line)
+    fields = parse_line(line)
     if not isinstance(fields, dict):
         raise TypeError(f"is a {type(fields).__name__}, not an object")
     if _HALF_CHARACTER.search(json.dumps(fields, ensure_ascii=False)):

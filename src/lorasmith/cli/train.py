@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from lorasmith.api import Plan, Run
+    from lorasmith.api import Run
     from lorasmith.config import RunConfig
     from lorasmith.data.dataset import Dataset
+    from lorasmith.training.estimate import Plan
 
 
 def train(

@@ -85,9 +85,9 @@ def detect_format(records: Sequence[Record], columns: Mapping[str, str]) -> Dete
     found = ", ".join(sorted(repr(name) for name in seen))
     if fitting:
         names = sorted({name for name, _ in fitting})
-        fix = f"say which one counts: --format {' or '.join(names)}"
+        fix = f"say which one counts: data.format {' or '.join(names)}"
         raise DataError("the rows fit more than one format", where=where, why=f"columns: {found}", fix=fix)
-    fix = "name the columns, e.g. --column instruction=question --column output=answer"
+    fix = "name the columns: data.columns {instruction: question, output: answer}"
     raise DataError("the rows are of no format that we know", where=where, why=f"columns: {found}", fix=fix)
 
 
@@ -244,7 +244,7 @@ def _message(role: Role, content: str, name: str) -> Message:
 
 
 def _missing(name: str) -> NoReturn:
-    raise RowFault("missing-field", name, "add it, or name your column: --column OURS=YOURS")
+    raise RowFault("missing-field", name, "add it, or name your column in data.columns")
 
 
 def _wrong_type(name: str, value: Any, wanted: str) -> NoReturn:

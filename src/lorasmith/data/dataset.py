@@ -277,7 +277,7 @@ def _fit(side: Survey, max_length: int | None, config: DataConfig, purpose: str)
     fit = fit_length(side.examples, max_length, config.over_length)
     if not fit.examples:
         why = f"{len(fit.dropped):,} are over the length limit" if fit.dropped else "all its rows are bad"
-        fix = "raise --max-length, or repair the rows that lorasmith data check names"
+        fix = "raise data.max_length, or repair the rows that lorasmith data check names"
         raise DataError(f"{side.report.source} has no rows left to {purpose}", why=why, fix=fix)
     return fit
 

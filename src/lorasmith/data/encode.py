@@ -109,8 +109,8 @@ def _too_long(longer: Sequence[Example], max_length: int) -> DataError:
     named = ", ".join(f"{example.origin} ({len(example):,})" for example in longer[:10])
     more = f", and {len(longer) - 10:,} more" if len(longer) > 10 else ""
     return DataError(
-        f"{len(longer):,} rows are longer than {max_length:,} tokens",
+        f"{len(longer):,} {'row is' if len(longer) == 1 else 'rows are'} longer than {max_length:,} tokens",
         where=named + more,
         why="nothing is cut or dropped unasked",
-        fix=f"raise --max-length to {max(map(len, longer))}, or choose --over-length drop or truncate",
+        fix=f"raise data.max_length to {max(map(len, longer))}, or set data.over_length to drop or truncate",
     )

@@ -62,7 +62,8 @@ def find_family(config_json: ConfigJson, name: str = "auto") -> Family:
         raise FamilyError(
             "config.json fits no family",
             why=f"it has {_said(config_json)}; `auto_map`, which names code to run, is never followed",
-            fix=f"if it is a model of one of these families, say so with model.family: {_names(families)}",
+            fix=f"if it is a model of one of these families, say so with model.family: {_names(families)}"
+            + _refused_hint(),
         )
     return fitting[0] if fitting else generic.FAMILY
 
@@ -83,6 +84,12 @@ def _said(config: ConfigJson) -> str:
     keys = ("model_type", "architectures", "vocab_size", "padded_vocab_size")
     said = [f"{key} {config[key]!r}" for key in keys if config.get(key)]
     return ", ".join(said) or "neither model_type nor architectures"
+
+
+def _refused_hint() -> str:
+    refused = load_plugins(_BUILT_IN).refused
+    told = f"; these plug-ins cannot be used, `lorasmith families` tells why: {', '.join(refused)}"
+    return told if refused else ""
 
 
 def _names(families: tuple[Family, ...]) -> str:

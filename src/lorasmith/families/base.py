@@ -33,6 +33,8 @@ class Family:
     """What this family's ids and figures were checked with."""
     special_pieces: SpecialPieces | None = None
     """Given where the tokenizer is the original tokenizer.model: what in it exists by id only."""
+    modeling: str | None = None
+    """For plug-ins with torch classes of their own: the module that registers them when it is imported."""
 
     def chat_format(self, name: str, tokenizer: Tokenizer, extra_stop_ids: Sequence[int] = ()) -> ChatFormat:
         """`extra_stop_ids` are `stop_ids_of(generation_config)`, where the directory has one.

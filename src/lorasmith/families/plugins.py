@@ -6,7 +6,7 @@ A plug-in that cannot be used is told and left out: what is built in works whate
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
 
@@ -40,15 +40,27 @@ def load_plugins(taken: Collection[str]) -> Plugins:
 def _load(entry_point: EntryPoint, taken: Collection[str]) -> Family:
     try:
         family = entry_point.load()
-    except Exception as error:  # a plug-in's module may raise anything at all
+    except (Exception, SystemExit) as error:  # a plug-in's module may raise anything at all
         raise _refusal(entry_point, f"{type(error).__name__}: {error}") from error
     if not isinstance(family, Family):
-        raise _refusal(entry_point, f"it is a {type(family).__name__}, not a lorasmith.families.Family")
-    if family.name in taken or family.name == "auto":
-        raise _refusal(entry_point, f"the name {family.name!r} is taken by another family")
-    if "official" not in family.chat_formats:
-        raise _refusal(entry_point, "it has no chat format 'official', which is the default one")
+        raise _refusal(entry_point, f"it is of type {type(family).__name__}, not lorasmith.families.Family")
+    if flaw := _flaw(family, taken):
+        raise _refusal(entry_point, flaw)
     return family
+
+
+def _flaw(family: Family, taken: Collection[str]) -> str | None:
+    said = vars(family)  # of any type: the annotations are a promise that a plug-in may break
+    name, formats = said["name"], said["chat_formats"]
+    if not isinstance(name, str) or not name:
+        return f"its name is {name!r}, not text"
+    if name in taken or name == "auto":
+        return f"the name {name!r} is taken"
+    if not callable(said["fits"]):
+        return "its `fits` is no function"
+    if not isinstance(formats, Mapping) or "official" not in formats:
+        return "it has no chat format 'official', which is the default one"
+    return None
 
 
 def _guarded(family: Family) -> Callable[[ConfigJson], bool]:

@@ -21,12 +21,10 @@ from transformers import PreTrainedModel
 
 from lorasmith.config import LoraConfig
 from lorasmith.errors import ConfigError, SetupError
+from lorasmith.hub.adapter_dir import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lorasmith.hub.files import read_json
 from lorasmith.model.dropout import DropoutClock, use_stateless_dropout
 from lorasmith.model.mutated_init import as_plain_lora, moves_base_weights, plain_config
-
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 def attach_lora(
@@ -40,7 +38,7 @@ def attach_lora(
     """A PeftModel over `module` (which peft changes in place) with one trainable adapter, "default".
 
     The adapter's weights are fp32 whatever the base is, and its first values depend on `clock.seed` alone.
-    Raises: ConfigError for targets that match nothing.
+    Raises: ConfigError for targets that match nothing or that LoRA cannot adapt.
     """
     if config.init_from is not None:
         model = load_adapter(module, Path(config.init_from), trainable=True)
@@ -49,9 +47,22 @@ def attach_lora(
         peft_config = peft_lora_config(module, config, family_targets=family_targets, base_name=base_name)
         with torch.random.fork_rng(devices=[]), quiet_peft():
             torch.manual_seed(clock.seed)
-            model = peft.get_peft_model(module, peft_config)
+            model = _wrapped(module, peft_config)
     use_stateless_dropout(model, clock)
     return model
+
+
+def _wrapped(module: PreTrainedModel, config: peft.LoraConfig) -> peft.PeftModel:
+    """Raises: ConfigError for a target that peft has no LoRA for, such as Baichuan2's NormHead."""
+    try:
+        return peft.get_peft_model(module, config)
+    except ValueError as error:
+        raise ConfigError(
+            "LoRA does not fit a target module",
+            where="lora.target_modules",
+            why=str(error).split(". ")[0],
+            fix="leave it out; lora.modules_to_save trains a module in full",
+        ) from error
 
 
 def peft_lora_config(

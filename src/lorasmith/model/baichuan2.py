@@ -7,11 +7,18 @@ Shapes: B = rows of a batch, T = tokens, C = columns of W_pack, D = hidden size,
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, LlamaForCausalLM, LlamaModel, PretrainedConfig, initialization
+from transformers import (
+    Cache,
+    LlamaForCausalLM,
+    LlamaModel,
+    PretrainedConfig,
+    StaticCache,
+    initialization,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
@@ -42,30 +49,43 @@ class Baichuan2Config(PretrainedConfig):
     """
 
     model_type = "baichuan"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
-    vocab_size: int = 125696
-    hidden_size: int = 4096
-    intermediate_size: int = 11008
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    hidden_act: str = "silu"
-    max_position_embeddings: int | None = None
-    model_max_length: int = 4096
-    initializer_range: float = 0.02
-    rms_norm_eps: float = 1e-6
-    use_cache: bool = True
-    tie_word_embeddings: bool = False
-    gradient_checkpointing: bool | list[bool] | tuple[bool, ...] = False
-    z_loss_weight: float | int = 0.0
-    rope_parameters: dict[str, Any] | None = None
-    pad_token_id: int | None = 0
-    bos_token_id: int | None = 1
-    eos_token_id: int | list[int] | None = 2
-
-    def __post_init__(self, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        vocab_size: int = 125696,
+        hidden_size: int = 4096,
+        intermediate_size: int = 11008,
+        num_hidden_layers: int = 32,
+        num_attention_heads: int = 32,
+        hidden_act: str = "silu",
+        max_position_embeddings: int | None = None,
+        model_max_length: int = 4096,
+        initializer_range: float = 0.02,
+        rms_norm_eps: float = 1e-6,
+        z_loss_weight: float = 0,
+        rope_parameters: dict[str, Any] | None = None,
+        pad_token_id: int | None = 0,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size, self.z_loss_weight = vocab_size, z_loss_weight
+        self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
+        self.num_hidden_layers, self.num_attention_heads = num_hidden_layers, num_attention_heads
+        self.max_position_embeddings, self.model_max_length = max_position_embeddings, model_max_length
+        self.hidden_act, self.initializer_range, self.rms_norm_eps = (
+            hidden_act,
+            initializer_range,
+            rms_norm_eps,
+        )
+        self.rope_parameters = rope_parameters
+        self._refuse_relatives()
+        kwargs.setdefault("tie_word_embeddings", False)
         # the 13B stores a 1-tuple, which is always true; the run says what is recomputed, not this file
-        self.gradient_checkpointing = False
+        kwargs["gradient_checkpointing"] = False
+        super().__init__(pad_token_id=pad_token_id, **kwargs)
+
+    def _refuse_relatives(self) -> None:
         if self.vocab_size == _BAICHUAN1_VOCAB:
             raise FamilyError(
                 "this is Baichuan 1, which has no native port",
@@ -73,14 +93,17 @@ class Baichuan2Config(PretrainedConfig):
                 fix="use a Baichuan2 model",
             )
         if self.z_loss_weight:
-            raise FamilyError(f"config.json asks for a z-loss (z_loss_weight {self.z_loss_weight})")
-        super().__post_init__(**kwargs)
+            raise FamilyError(
+                f"config.json asks for a z-loss (z_loss_weight {self.z_loss_weight})",
+                why="training here would leave it out; the published Baichuan2 models have 0",
+                fix="set z_loss_weight to 0",
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """As the original file has it: by its own class, and without positions where there is ALiBi."""
         tree = {**super().to_dict(), "architectures": ["BaichuanForCausalLM"]}
         if self.uses_alibi:
-            del tree["max_position_embeddings"]
+            tree.pop("max_position_embeddings", None)
         return tree
 
     @property
@@ -162,7 +185,7 @@ def _has_no_bias(model: LlamaPreTrainedModel) -> bool:
 
 class Baichuan2Model(LlamaModel):
     config_class = Baichuan2Config
-    _no_split_modules = ("Baichuan2DecoderLayer",)
+    _no_split_modules: ClassVar[list[str]] = ["Baichuan2DecoderLayer"]
     _supports_flash_attn = False  # neither takes ALiBi's bias; sdpa runs the same kernels for the 7B
     _supports_flex_attn = False
     _supports_sdpa = property(_has_no_bias)
@@ -212,11 +235,11 @@ class Baichuan2Model(LlamaModel):
         self, x_BTD: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None
     ) -> Tensor:
         """Made once for all layers: (1 or B, H, T, keys)."""
-        past, num_queries = 0, x_BTD.shape[1]
-        num_keys = num_queries
-        if past_key_values is not None:
-            past = int(past_key_values.get_seq_length())
-            num_keys = past_key_values.get_mask_sizes(num_queries, 0)[0]
+        num_queries = x_BTD.shape[1]
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        num_keys = past + num_queries
+        if isinstance(past_key_values, StaticCache):
+            num_keys = past_key_values.layers[0].max_cache_len
         return alibi_mask(
             self._slopes_H(x_BTD), attention_mask, num_queries=num_queries, num_keys=num_keys, past=past
         )
@@ -224,11 +247,11 @@ class Baichuan2Model(LlamaModel):
 
 class Baichuan2ForCausalLM(LlamaForCausalLM):
     config_class = Baichuan2Config
-    _no_split_modules = ("Baichuan2DecoderLayer",)
+    _no_split_modules: ClassVar[list[str]] = ["Baichuan2DecoderLayer"]
     _supports_flash_attn = False
     _supports_flex_attn = False
     _supports_sdpa = property(_has_no_bias)
-    _keys_to_ignore_on_load_unexpected = (r"rotary_emb\.inv_freq$",)
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"rotary_emb\.inv_freq$"]
     _tp_plan = None
     _pp_plan = None
 

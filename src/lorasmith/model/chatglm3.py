@@ -6,8 +6,9 @@ Shapes: B = rows of a batch, T = tokens, C = columns of query_key_value, D = hid
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -53,8 +54,8 @@ class ChatGLM3Config(PretrainedConfig):
     """
 
     model_type = "chatglm"
-    keys_to_ignore_at_inference = ("past_key_values",)
-    attribute_map = {  # noqa: RUF012  transformers' own way to rename
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    attribute_map: ClassVar[dict[str, str]] = {
         "num_hidden_layers": "num_layers",
         "vocab_size": "padded_vocab_size",
         "intermediate_size": "ffn_hidden_size",
@@ -65,37 +66,49 @@ class ChatGLM3Config(PretrainedConfig):
         "attention_bias": "add_qkv_bias",
     }
 
-    num_layers: int = 28
-    padded_vocab_size: int = 65024
-    hidden_size: int = 4096
-    ffn_hidden_size: int = 13696
-    kv_channels: int = 128
-    num_attention_heads: int = 32
-    multi_query_group_num: int = 2
-    seq_length: int = 8192
-    layernorm_epsilon: float = 1e-5
-    add_qkv_bias: bool = True
-    initializer_range: float = 0.02
-    use_cache: bool = True
-    tie_word_embeddings: bool = False
-    rope_parameters: dict[str, Any] | None = None
-    pad_token_id: int | None = 0
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = 2
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        for key, value in _COMPUTED.items():
-            if kwargs.get(key, value) != value:
-                raise FamilyError(
-                    f"config.json has {key} {kwargs[key]!r}, and ChatGLM3 is computed with {value!r}",
-                    fix="use ChatGLM3-6B, or a model of another model_type",
-                )
-        kwargs.setdefault("partial_rotary_factor", 0.5)
-        super().__post_init__(**kwargs)
+    def __init__(
+        self,
+        *,
+        num_layers: int = 28,
+        padded_vocab_size: int = 65024,
+        hidden_size: int = 4096,
+        ffn_hidden_size: int = 13696,
+        kv_channels: int = 128,
+        num_attention_heads: int = 32,
+        multi_query_group_num: int = 2,
+        seq_length: int = 8192,
+        layernorm_epsilon: float = 1e-5,
+        add_qkv_bias: bool = True,
+        rope_parameters: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.num_layers, self.padded_vocab_size, self.seq_length = num_layers, padded_vocab_size, seq_length
+        self.hidden_size, self.ffn_hidden_size, self.kv_channels = hidden_size, ffn_hidden_size, kv_channels
+        self.num_attention_heads = num_attention_heads
+        self.multi_query_group_num = multi_query_group_num
+        self.layernorm_epsilon, self.add_qkv_bias = layernorm_epsilon, add_qkv_bias
+        self.rope_parameters = rope_parameters
+        _refuse_relatives(kwargs)
+        defaults = {
+            "pad_token_id": 0,
+            "eos_token_id": 2,
+            "initializer_range": 0.02,
+            "tie_word_embeddings": False,
+        }
+        super().__init__(**{**defaults, "partial_rotary_factor": 0.5, **kwargs})
 
     def to_dict(self) -> dict[str, Any]:
         """With the class of the original file, by which other programs know the layout."""
         return {**super().to_dict(), "architectures": ["ChatGLMModel"]}
+
+
+def _refuse_relatives(config_json: Mapping[str, Any]) -> None:
+    for key, value in _COMPUTED.items():
+        if config_json.get(key, value) != value:
+            raise FamilyError(
+                f"config.json has {key} {config_json[key]!r}, and ChatGLM3 is computed with {value!r}",
+                fix="use ChatGLM3-6B, or a model of another model_type",
+            )
 
 
 class ChatGLM3RotaryEmbedding(GlmRotaryEmbedding):
@@ -182,7 +195,7 @@ class ChatGLM3Model(GlmModel):
 
     config_class = ChatGLM3Config
     base_model_prefix = "transformer"
-    _no_split_modules = ("ChatGLM3Block",)
+    _no_split_modules: ClassVar[list[str]] = ["ChatGLM3Block"]
 
     def __init__(self, config: ChatGLM3Config) -> None:
         GlmPreTrainedModel.__init__(self, config)
@@ -217,11 +230,11 @@ class ChatGLM3Model(GlmModel):
 class ChatGLM3ForCausalLM(GlmForCausalLM):
     config_class = ChatGLM3Config
     base_model_prefix = "transformer"
-    _no_split_modules = ("ChatGLM3Block",)
-    _tied_weights_keys = {  # noqa: RUF012  transformers' own way to name the head
+    _no_split_modules: ClassVar[list[str]] = ["ChatGLM3Block"]
+    _tied_weights_keys: ClassVar[dict[str, str]] = {
         "transformer.output_layer.weight": "transformer.embedding.word_embeddings.weight"
     }
-    _keys_to_ignore_on_load_unexpected = (r"rotary_pos_emb\.inv_freq$",)
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"rotary_pos_emb\.inv_freq$"]
     _tp_plan = None
     _pp_plan = None
 

@@ -10,6 +10,7 @@ from lorasmith.config import Dtype
 from lorasmith.errors import ConfigError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def resolve_device(device: str) -> torch.device:
@@ -20,7 +21,10 @@ def resolve_device(device: str) -> torch.device:
         resolved = torch.device(device)
         torch.empty(1, device=resolved)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {device!r} cannot be used here", why=str(error).splitlines()[0]) from None
+        raise ConfigError(
+            f"device {device!r} cannot be used here",
+            why=str(error).splitlines()[0].partition(", ")[0].partition(": ")[0],
+        ) from None
     return resolved
 
 

@@ -46,7 +46,9 @@ def attend_fused(
     if rotation is not None:
         q_BHTD, k_BKTD = (x.to(v_BKTD.dtype) for x in rotation(q_BHTD, k_BKTD))
     if past_key_values is not None:
-        k_BKTD, v_BKTD = past_key_values.update(k_BKTD, v_BKTD, module.layer_idx)
+        # the oldest transformers of our range say where new keys go, and a preallocated cache asks for it
+        where = [{"cache_position": kwargs["cache_position"]}] if "cache_position" in kwargs else []
+        k_BKTD, v_BKTD = past_key_values.update(k_BKTD, v_BKTD, module.layer_idx, *where)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
     out_BTHD, weights = attend(
         module, q_BHTD, k_BKTD, v_BKTD, attention_mask, scaling=module.scaling, **kwargs

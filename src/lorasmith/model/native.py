@@ -22,7 +22,9 @@ class NativeModel(NamedTuple):
 
 
 NATIVE_MODELS: tuple[NativeModel, ...] = (
-    NativeModel("baichuan", ("BaichuanForCausalLM",), Baichuan2Config, Baichuan2ForCausalLM),
+    NativeModel(
+        "baichuan", ("BaichuanForCausalLM", "BaiChuanForCausalLM"), Baichuan2Config, Baichuan2ForCausalLM
+    ),
     NativeModel(
         "chatglm", ("ChatGLMModel", "ChatGLMForConditionalGeneration"), ChatGLM3Config, ChatGLM3ForCausalLM
     ),

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import Cache
 
 
-class RecurrentCache(Cache):  # type: ignore[misc]  # transformers is untyped here
+class RecurrentCache(Cache):
     """Takes the place of a key/value cache in transformers' generate: greedy, sampling and beams."""
 
     def __init__(self, num_layers: int) -> None:

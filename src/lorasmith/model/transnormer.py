@@ -25,13 +25,14 @@ from transformers.utils import can_return_tuple
 
 from lorasmith.errors import FamilyError
 from lorasmith.model.recurrent_cache import RecurrentCache
+from lorasmith.ops.alibi import alibi_slopes
 from lorasmith.ops.attention import LayoutIndex
 from lorasmith.ops.decay_attention import ChunkIndex, decay_attention, decay_step, rows_index
 
 _NORM_EPS = 1e-6
 
 
-class TransNormerConfig(PretrainedConfig):  # type: ignore[misc]  # transformers is untyped here
+class TransNormerConfig(PretrainedConfig):
     """The keys of the original config.json, which says nothing of tying: without a word the head is tied.
 
     Raises: FamilyError for a variant of the architecture that no published model has.
@@ -112,18 +113,10 @@ def _require_known_variant(config: TransNormerConfig) -> None:
         raise FamilyError("hidden_dim is no multiple of decoder_attention_heads")
 
 
-def head_slopes(num_heads: int) -> list[float]:
-    """m_h = 2^(-8 (h + 1) / H). Where H is no power of two: those of the power below, then every other one of
-    the power above (Press et al. 2022, ALiBi)."""
-    below = 2 ** (num_heads.bit_length() - 1)
-    slopes = [2.0 ** (-8 * (head + 1) / below) for head in range(below)]
-    return slopes + [2.0 ** (-4 * (head + 1) / below) for head in range(0, 2 * (num_heads - below), 2)]
-
-
 def layer_decays(config: TransNormerConfig) -> list[list[float]]:
-    """s of each layer and head: m_h (1 - l / (L - 1) + 1e-5), so that the last layer hardly forgets."""
-    slopes, last = head_slopes(config.decoder_attention_heads), max(config.decoder_layers - 1, 1)
-    return [[m * (1 - layer / last + 1e-5) for m in slopes] for layer in range(config.decoder_layers)]
+    """s of each layer and head: ALiBi's slope times 1 - l / (L - 1) + 1e-5; the last layer hardly forgets."""
+    slopes, last = alibi_slopes(config.decoder_attention_heads), max(config.decoder_layers - 1, 1)
+    return [[slope * (1 - layer / last + 1e-5) for slope in slopes] for layer in range(config.decoder_layers)]
 
 
 def simple_rms_norm(x: Tensor) -> Tensor:
@@ -178,8 +171,7 @@ class DecayedAttention(nn.Module):
             v = v * real_BT[..., None, None]
         out_BTHD = self._attend(q, k, v, decay_H, index, cache)
         normed = simple_rms_norm(out_BTHD.flatten(2)).to(gate.dtype)
-        projected: Tensor = self.out_proj(gate * normed)
-        return projected
+        return self.out_proj(gate * normed)
 
     def _attend(
         self,
@@ -215,11 +207,10 @@ class GatedLinearUnit(nn.Module):
         self.l3 = nn.Linear(config.glu_dim, config.decoder_embed_dim, bias=False)
 
     def forward(self, x_BTM: Tensor) -> Tensor:
-        mixed: Tensor = self.l3(self.l1(x_BTM) * self.l2(x_BTM))
-        return mixed
+        return self.l3(self.l1(x_BTM) * self.l2(x_BTM))
 
 
-class TransNormerLayer(GradientCheckpointingLayer):  # type: ignore[misc]
+class TransNormerLayer(GradientCheckpointingLayer):
     def __init__(self, config: TransNormerConfig, layer: int) -> None:
         super().__init__()
         self.token_mixer = DecayedAttention(config, layer)
@@ -236,11 +227,10 @@ class TransNormerLayer(GradientCheckpointingLayer):  # type: ignore[misc]
     ) -> Tensor:
         normed = simple_rms_norm(x_BTM)
         x_BTM = x_BTM + self.token_mixer(normed, decay_H, positions_BT, real_BT, index, past_key_values)
-        mixed: Tensor = self.channel_mixer(simple_rms_norm(x_BTM))
-        return x_BTM + mixed
+        return x_BTM + self.channel_mixer(simple_rms_norm(x_BTM))
 
 
-class TransNormerPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
+class TransNormerPreTrainedModel(PreTrainedModel):
     config_class = TransNormerConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -316,7 +306,7 @@ class TransNormerModel(TransNormerPreTrainedModel):
         return given
 
 
-class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: TransNormerConfig) -> None:

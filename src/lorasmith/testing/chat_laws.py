@@ -55,6 +55,17 @@ def no_special_from_text(chat_format: ChatFormat, rows: int = 300) -> None:
     _texts_come_back(chat_format, texts, law)
 
 
+def streams_whole_characters(chat_format: ChatFormat, rows: int = 300) -> None:
+    """An answer shown while it is made: no part is half a character, and together they are the answer."""
+    law = "streaming gives whole characters that join to the text"
+    tokenizer = chat_format.tokenizer
+    texts = [text for text in random_texts(tokenizer, rows, seed=3) if "\ufffd" not in text]
+    for ids in tokenizer.encode_all(texts):
+        parts = list(tokenizer.stream(iter(ids)))
+        require("".join(parts) == tokenizer.decode(ids), law, f"{parts} of {tokenizer.decode(ids)!r}")
+        require(not any("\ufffd" in part for part in parts), law, f"half a character in {parts}")
+
+
 def answers_are_trained_whole(chat_format: ChatFormat) -> None:
     """An answer's labels up to the first stop id are the answer: generated so, it would end there."""
     law = "the labels of an answer are the answer and a stop id"

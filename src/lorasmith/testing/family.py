@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _CHAT_LAWS: tuple[Callable[[ChatFormat], None], ...] = (
     chat_laws.prompt_is_prefix,
     chat_laws.no_special_from_text,
+    chat_laws.streams_whole_characters,
     chat_laws.answers_are_trained_whole,
     chat_laws.labels_are_ids,
     chat_laws.stop_ids_are_special,

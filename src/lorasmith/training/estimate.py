@@ -35,6 +35,21 @@ class MemoryEstimate:
         return self.weights + self.adapter + self.activations
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do and need, without its weights."""
+
+    num_examples: int
+    num_held_out: int
+    tokens_per_epoch: int
+    targets_per_epoch: int
+    total_steps: int
+    parameters: ParameterCount
+    memory: MemoryEstimate
+    dtype: str
+    family: str
+
+
 def count_parameters(
     config: PretrainedConfig, lora: LoraConfig, family_targets: Sequence[str] | None
 ) -> ParameterCount:

@@ -28,7 +28,7 @@ from lorasmith.training.metrics import MetricsLog, read_metrics
 from lorasmith.training.picture import draw_losses
 from lorasmith.training.progress import Reporter, StepLine
 from lorasmith.training.schedule import learning_rate
-from lorasmith.training.step import StepResult, train_step
+from lorasmith.training.step import StepResult, memory_told, train_step
 from lorasmith.training.storage import Storage
 from lorasmith.types import Batch
 
@@ -120,14 +120,15 @@ class Fit:
 
     def _step(self) -> StepResult:
         self.clock.step = self.state.step
-        result = train_step(
-            self.model,
-            self.optimizer,
-            self.source.step(self.state.step),
-            learning_rate=learning_rate(self.state.step, self.total_steps, self.config),
-            max_grad_norm=self.config.max_grad_norm,
-            clock=self.clock,
-        )
+        with memory_told():
+            result = train_step(
+                self.model,
+                self.optimizer,
+                self.source.step(self.state.step),
+                learning_rate=learning_rate(self.state.step, self.total_steps, self.config),
+                max_grad_norm=self.config.max_grad_norm,
+                clock=self.clock,
+            )
         self.state = self.state.after(result.loss, result.num_targets)
         self._window_tokens += result.num_tokens
         self.reporter.advance(self.state.step)

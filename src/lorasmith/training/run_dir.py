@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from lorasmith.config import RunConfig, to_yaml
 from lorasmith.errors import CheckpointError, ConfigError, SetupError
-from lorasmith.hub.files import read_json, read_json_if_there
-from lorasmith.model.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from lorasmith.hub.adapter_dir import ADAPTER_WEIGHTS, CHAT_FORMAT_FILE, ChatSettings, is_adapter_dir
 from lorasmith.training.checkpoint import checkpoint_dir, damage, list_checkpoints, newest_checkpoint
 from lorasmith.training.progress import Reporter
 from lorasmith.training.storage import Storage
 
 CONFIG_FILE = "config.yaml"
-CHAT_FORMAT_FILE = "chat_format.json"
-
-
-@dataclass(frozen=True)
-class ChatSettings:
-    """What chat, serve and merge need to know of a run: the content of chat_format.json."""
-
-    base: str
-    """The base model: a hub name or a directory."""
-    family: str
-    chat_format: str
-    system: str | None
 
 
 def open_run_dir(storage: Storage, run_dir: Path, *, resume: bool, reporter: Reporter) -> Path | None:
@@ -35,6 +22,8 @@ def open_run_dir(storage: Storage, run_dir: Path, *, resume: bool, reporter: Rep
     Raises: SetupError if a run lies there and `resume` was not asked for; CheckpointError if it was, and
     none of the checkpoints verifies: a run never starts from scratch in silence.
     """
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError("train.output_dir is a file", where=str(run_dir), fix="name a directory")
     if resume:
         return _checkpoint_to_resume(storage, run_dir, reporter)
     if (run_dir / CONFIG_FILE).exists() or list_checkpoints(run_dir):
@@ -72,28 +61,6 @@ def write_settings(storage: Storage, run_dir: Path, config: RunConfig, chat: Cha
     if chat is not None:
         text = json.dumps(asdict(chat), indent=2, ensure_ascii=False) + "\n"
         storage.replace(run_dir / CHAT_FORMAT_FILE, text.encode())
-
-
-def is_adapter_dir(path: Path) -> bool:
-    """A run, finished or not, or any PEFT adapter directory."""
-    return any((path / name).exists() for name in (ADAPTER_CONFIG, CHAT_FORMAT_FILE))
-
-
-def read_chat_settings(path: Path) -> ChatSettings:
-    """Of a run; an adapter from elsewhere says only its base model.
-
-    Raises: SetupError if the base model is not named.
-    """
-    if (path / CHAT_FORMAT_FILE).exists():
-        return ChatSettings(**read_json(path / CHAT_FORMAT_FILE))
-    base = read_json_if_there(path / ADAPTER_CONFIG).get("base_model_name_or_path")
-    if not base:
-        raise SetupError(
-            "this adapter does not say which base model it belongs to",
-            where=str(path / ADAPTER_CONFIG),
-            fix="give the base model's directory, and the adapter with --adapter",
-        )
-    return ChatSettings(base=base, family="auto", chat_format="official", system=None)
 
 
 def adapter_asked(path: Path, adapter: str | None, checkpoint: int | None) -> str | None:

@@ -7,22 +7,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from lorasmith.config import RunConfig
 from lorasmith.errors import ConfigError, DataError
+from lorasmith.hub.adapter_dir import ChatSettings
 from lorasmith.model.adapter import attach_lora, initial_tensors
 from lorasmith.model.dropout import DropoutClock
+from lorasmith.model.dtype import DTYPE_NAMES
 from lorasmith.model.load import module_dtype
 from lorasmith.training.checkpoint import read_state, require_same_run
 from lorasmith.training.loop import Fit, FitResult, StepSource
 from lorasmith.training.progress import Reporter
-from lorasmith.training.run_dir import ChatSettings, open_run_dir, write_settings
+from lorasmith.training.run_dir import open_run_dir, write_settings
 from lorasmith.training.storage import Storage
 
-_DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _NOT_THE_RESULT = {"output_dir", "max_tokens", "logging_steps", "save_steps", "save_total_limit"}
 """Keys of TrainConfig that a resume may change: they do not touch the adapter that comes out."""
 
@@ -44,12 +44,15 @@ class Session:
         chat: ChatSettings | None,
         data_fingerprint: str,
         largest_id: int,
+        held_out: bool,
         resume: bool,
         reporter: Reporter,
         storage: Storage,
     ) -> None:
         base = _untuned(module)
         _require_ids(base, largest_id)
+        if not held_out:
+            _refuse_idle_keys(config)
         self.run_dir = Path(config.train.output_dir)
         self.config = _resolved(config, base)
         self._source, self._reporter, self._storage = source, reporter, storage
@@ -99,6 +102,18 @@ def _untuned(module: nn.Module) -> PreTrainedModel:
     return module
 
 
+def _refuse_idle_keys(config: RunConfig) -> None:
+    """A key that would be read and do nothing is an error, like an unknown one."""
+    train = config.train
+    idle = [key for key in ("eval_steps", "early_stopping_patience") if getattr(train, key) is not None]
+    idle += ["final_adapter"] if train.final_adapter == "best" else []
+    if idle:
+        raise ConfigError(
+            f"{', '.join(f'train.{key}' for key in idle)} would do nothing: no rows are held out",
+            fix="set data.eval to a share (0.02) or a file, or leave the key out",
+        )
+
+
 def _require_ids(base: PreTrainedModel, largest_id: int) -> None:
     rows = base.get_input_embeddings().weight.shape[0]
     if largest_id >= rows:
@@ -111,7 +126,7 @@ def _require_ids(base: PreTrainedModel, largest_id: int) -> None:
 
 def _resolved(config: RunConfig, base: PreTrainedModel) -> RunConfig:
     """The config with nothing left to guess, as config.yaml records it."""
-    dtype = _DTYPE_NAMES.get(module_dtype(base), config.model.dtype)
+    dtype = DTYPE_NAMES.get(module_dtype(base), config.model.dtype)
     model = config.model.model_copy(update={"dtype": dtype, "device": str(base.device)})
     return config.model_copy(update={"model": model})
 

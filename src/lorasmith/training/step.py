@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from lorasmith.errors import DivergedError
+from lorasmith.errors import DivergedError, MemoryLimitError
 from lorasmith.model.dropout import DropoutClock
 from lorasmith.model.packed import target_logits, to_device
 from lorasmith.ops.cross_entropy import cross_entropy_sum
@@ -64,6 +65,22 @@ def accumulate_gradients(
         part.backward()
         loss += part.item()
     return loss
+
+
+@contextmanager
+def memory_told() -> Iterator[None]:
+    """Raises: MemoryLimitError where torch runs out of memory within, on a GPU or a CPU."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise MemoryLimitError(
+            "a training step does not fit into memory",
+            why=str(error).strip().splitlines()[0],
+            fix="lower train.max_tokens (the result stays the same) and go on with --resume; or start again "
+            "with train.activation_checkpointing: true or a lower data.max_length",
+        ) from error
 
 
 def _require_finite(step: int, loss: float, grad_norm: float) -> None:

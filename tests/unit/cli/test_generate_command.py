@@ -51,7 +51,7 @@ def test_prompts_come_from_standard_input_too(monkeypatch: pytest.MonkeyPatch) -
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "nothing to answer"),
         ('{"prompt": "a", "answer": "b"}', "already has 'answer'"),
         (r'{"prompt": "\ud83d"}', "lone surrogate"),
-        ("[" * 100_000, "recursion"),
+        ("[" * 100_000, "too-deep"),
     ],
 )
 def test_bad_lines_are_named_by_file_and_line(tmp_path: Path, line: str, why: str) -> None:

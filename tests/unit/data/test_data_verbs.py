@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 import lorasmith
 from lorasmith.cli import data as verbs
+from lorasmith.cli import data_view
 from lorasmith.errors import ConfigError, DataError
 from lorasmith.types import IGNORE_INDEX, Example
 
@@ -22,9 +23,14 @@ ROWS = [{"instruction": "你是谁？", "output": "甄嬛。"}, {"instruction": 
 
 
 @pytest.fixture(autouse=True)
-def _character_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every model directory speaks in characters."""
-    root = SimpleNamespace(load_chat_format=lambda path, *, family, chat_format: CharacterChat())
+def _character_model(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Every model directory speaks in characters and has no limit of its own."""
+    directory = tmp_path_factory.mktemp("model")
+    (directory / "config.json").write_text("{}")
+    root = SimpleNamespace(
+        load_chat_format=lambda path, *, family, chat_format, hub: CharacterChat(),
+        download=lambda path, *, hub: directory,
+    )
     monkeypatch.setattr(lorasmith, "api", root, raising=False)
     monkeypatch.setitem(sys.modules, "lorasmith.api", root)  # type: ignore[arg-type]
 
@@ -116,7 +122,7 @@ def test_stats_counts_rows_over_the_limit(rows: Path) -> None:
 def test_preview_colours_tokens_by_what_is_trained() -> None:
     a, b, c = (ord(letter) + len(SPECIAL) for letter in "abc")
     labels = np.array([b, IGNORE_INDEX, SPECIAL["<|end|>"]])
-    line = verbs.preview_row(Example(np.array([a, b, c]), labels, "f:1"), CharacterChat())
+    line = data_view.preview_row(Example(np.array([a, b, c]), labels, "f:1"), CharacterChat())
     spans = [(line.plain[span.start : span.end], span.style) for span in line.spans[1:]]
     assert spans == [("a", "dim"), ("b", "bold green"), ("c", "dim"), ("<|end|>", "bold green")]
 
@@ -124,7 +130,7 @@ def test_preview_colours_tokens_by_what_is_trained() -> None:
 def test_preview_shows_a_target_that_replaces_the_token_in_its_place() -> None:
     a, b, c = (ord(letter) + len(SPECIAL) for letter in "abc")
     labels = np.array([SPECIAL["<|end|>"], c, IGNORE_INDEX])
-    line = verbs.preview_row(Example(np.array([a, b, c]), labels, "f:1"), CharacterChat())
+    line = data_view.preview_row(Example(np.array([a, b, c]), labels, "f:1"), CharacterChat())
     assert ("<|end|>", "bold yellow") in [(line.plain[s.start : s.end], s.style) for s in line.spans]
 
 

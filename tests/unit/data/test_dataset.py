@@ -99,7 +99,7 @@ def test_no_rows_left_is_an_error(tmp_path: Path, rows: list[Any]) -> None:
 
 def test_longer_rows_are_named_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"(?s)1 rows are longer than 10.*rows\.jsonl:2 \(53\).*--max-length to 53"
+        DataError, match=r"(?s)1 row is longer than 10.*rows\.jsonl:2 \(53\).*data\.max_length to 53"
     ):
         load_rows(tmp_path, [row("a", "b"), row("a", "b" * 50)], max_length=10)
 

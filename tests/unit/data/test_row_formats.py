@@ -187,10 +187,10 @@ def test_a_column_of_no_format_is_a_config_error() -> None:
 
 
 def test_unclear_formats_are_refused_with_the_columns() -> None:
-    with pytest.raises(DataError, match=r"(?s)'answer', 'question'.*--column"):
+    with pytest.raises(DataError, match=r"(?s)'answer', 'question'.*data.columns"):
         detect_format([Record({"question": "q", "answer": "a"}, "f:1")], {})
     both = {"instruction": "q", "output": "a", "messages": []}
-    with pytest.raises(DataError, match=r"(?s)more than one.*--format alpaca or messages"):
+    with pytest.raises(DataError, match=r"(?s)more than one.*data.format alpaca or messages"):
         detect_format([Record(both, "f:1")], {})
 
 

@@ -17,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import lorasmith as ls
 from lorasmith.data.pack import lay_out
+from lorasmith.errors import ConfigError
 from lorasmith.model.adapter import attach_lora
 from lorasmith.model.checkpointing import activation_checkpointing
 from lorasmith.model.dropout import DropoutClock
@@ -116,18 +117,18 @@ def test_alibi_has_one_attention_and_says_so() -> None:
 
 
 @contextmanager
-def saved_bytes() -> Iterator[list[int]]:
-    """Bytes that autograd keeps for backward, each storage once."""
-    storages: dict[int, int] = {}
-    total: list[int] = []
+def kept_bytes() -> Iterator[list[int]]:
+    """Bytes allocated within and not freed at its end: after a forward pass, what backward needs."""
+    kept: list[int] = []
+    with torch.profiler.profile(profile_memory=True) as profile:
+        yield kept
+    kept.append(sum(event.self_cpu_memory_usage for event in profile.events()))
 
-    def keep(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        yield total
-    total.append(sum(storages.values()))
+def test_the_measure_sees_what_is_kept() -> None:
+    with kept_bytes() as kept:
+        tensor = torch.ones(1000).exp() * 2
+    assert kept == [tensor.untyped_storage().nbytes()]
 
 
 @pytest.mark.parametrize("kind", PORTS)
@@ -139,16 +140,31 @@ def test_activation_checkpointing_saves_memory_and_changes_nothing(kind: str) ->
     batch = to_device(lay_out(examples(6)), torch.device("cpu"))
     results = []
     for wanted in (False, True):
-        with activation_checkpointing(model, wanted), packed_attention(model), saved_bytes() as total:
-            loss = target_logits(model, batch).logsumexp(-1).sum()
+        with activation_checkpointing(model, wanted), packed_attention(model):
+            with kept_bytes() as kept:
+                loss = target_logits(model, batch).logsumexp(-1).sum()
             loss.backward()
         gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
         model.zero_grad()
-        results.append((total[0], loss.item(), gradients))
-    (kept, loss, gradients), (recomputed, loss_again, gradients_again) = results
+        results.append((kept[0], loss.item(), gradients))
+    (all_kept, loss, gradients), (recomputed, loss_again, gradients_again) = results
     assert loss == loss_again
     assert all(torch.equal(a, b) for a, b in zip(gradients, gradients_again, strict=True))
-    assert recomputed < kept / 3, (kept, recomputed)
+    assert recomputed < all_kept / 3, (all_kept, recomputed)
+
+
+def test_lora_on_a_norm_head_is_refused() -> None:
+    """It could be trained but not merged: the norm of a sum is no sum of norms."""
+    with pytest.raises(ConfigError, match="LoRA does not fit") as caught:
+        attach_lora(
+            tiny_module("baichuan2"),
+            ls.LoraConfig(target_modules=["W_pack", "lm_head"]),
+            family_targets=None,
+            base_name="base",
+            clock=DropoutClock(0),
+        )
+    assert "NormHead" in caught.value.why
+    assert "modules_to_save" in caught.value.fix
 
 
 def test_a_trained_head_goes_through_stock_peft_and_back(tmp_path: Path) -> None:

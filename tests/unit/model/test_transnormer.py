@@ -19,7 +19,8 @@ from lorasmith.errors import FamilyError, SetupError
 from lorasmith.model.checkpointing import activation_checkpointing
 from lorasmith.model.load import empty_module, read_model_config
 from lorasmith.model.packed import packed_attention, takes_layout
-from lorasmith.model.transnormer import TransNormerConfig, head_slopes, layer_decays
+from lorasmith.model.transnormer import TransNormerConfig, layer_decays
+from lorasmith.ops.attention import LAYOUT_ATTENTION
 from lorasmith.training.estimate import count_parameters
 
 TARGETS = ("qkvu_proj", "out_proj", "l1", "l2", "l3")
@@ -102,12 +103,6 @@ def test_the_published_configs_as_they_are(shared: Path, tmp_path: Path) -> None
 def test_variants_that_nobody_published_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     with pytest.raises(FamilyError):
         read_model_config(write_config(tmp_path, **change))
-
-
-def test_slopes_of_any_number_of_heads() -> None:
-    assert head_slopes(4) == [2**-2, 2**-4, 2**-6, 2**-8]
-    assert head_slopes(6) == [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3]
-    assert head_slopes(1) == [2**-8]
 
 
 def loaded(directory: Path, **options: Any) -> Any:
@@ -290,6 +285,7 @@ def test_within_packed_attention_a_plain_forward_pass_stays_what_it_is() -> None
     before = logits(module, some_ids())
     assert takes_layout(module)
     with packed_attention(module):
+        assert module.config._attn_implementation == LAYOUT_ATTENTION, "or rows would go one by one"
         assert torch.equal(logits(module, some_ids()), before)
     assert torch.equal(logits(module, some_ids()), before)
 

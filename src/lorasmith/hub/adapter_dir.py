@@ -1,0 +1,59 @@
+"""What lies in an adapter directory, by name, and what its small files say. A run directory is one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lorasmith.errors import SetupError
+from lorasmith.hub.files import read_json, read_json_if_there
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+CHAT_FORMAT_FILE = "chat_format.json"
+
+
+@dataclass(frozen=True)
+class ChatSettings:
+    """What chat, serve and merge need to know of a run: the content of chat_format.json."""
+
+    base: str
+    """The base model: a hub name or a directory."""
+    family: str = "auto"
+    chat_format: str = "official"
+    system: str | None = None
+    hub: str = "huggingface"
+    revision: str | None = None
+
+
+def is_adapter_dir(path: Path) -> bool:
+    """A run, finished or not, or any PEFT adapter directory."""
+    return any((path / name).exists() for name in (ADAPTER_CONFIG, CHAT_FORMAT_FILE))
+
+
+def read_chat_settings(path: Path) -> ChatSettings:
+    """Of a run; an adapter from elsewhere says only its base model.
+
+    Raises: SetupError if the base model is not named.
+    """
+    if (path / CHAT_FORMAT_FILE).exists():
+        return ChatSettings(**read_json(path / CHAT_FORMAT_FILE))
+    base = read_json_if_there(path / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not base:
+        raise SetupError(
+            "this adapter does not say which base model it belongs to",
+            where=str(path / ADAPTER_CONFIG),
+            fix="give the base model's directory, and the adapter with --adapter",
+        )
+    return ChatSettings(base=base)
+
+
+def settings_asked(path: str, adapter: str | None, hub: str, revision: str | None) -> ChatSettings:
+    """How to open what a person names: a run by its own settings, a base model by the settings of the adapter
+    that is put on it, or by none."""
+    if is_adapter_dir(Path(path)):
+        own = read_chat_settings(Path(path))
+        return replace(own, revision=revision or own.revision)
+    if adapter is not None and is_adapter_dir(Path(adapter)):
+        return replace(read_chat_settings(Path(adapter)), base=path, hub=hub, revision=revision)
+    return ChatSettings(path, hub=hub, revision=revision)
