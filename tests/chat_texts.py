@@ -28,9 +28,11 @@ GENERIC: dict[str, Callable[[Path], Path]] = {
     "llama2-always": lambda path: factory.llama2_like(path, "always"),
     "marked": factory.marked,
 }
+BY_TEMPLATE: dict[str, Callable[[Path], Path]] = {"glm4": factory.glm4_like, "qwen3": factory.qwen3_like}
+"""Families that read or follow the chat template of a transformers tokenizer, and have no tutorial."""
 FORMATS = [
     *((family, name) for family in LIKE for name in ("official", "tutorial")),
-    *((template, "official") for template in GENERIC),
+    *((template, "official") for template in (*GENERIC, *BY_TEMPLATE)),
 ]
 REAL = {
     "llama3": "llama3/tokenizer.rebuilt.json",
@@ -43,7 +45,7 @@ REAL = {
 
 
 def make_format(directory: Path, family: str, name: str) -> ChatFormat:
-    write = LIKE.get(family) or GENERIC[family]
+    write = {**LIKE, **GENERIC, **BY_TEMPLATE}[family]
     families = {known.name: known for known in all_families()}
     found = families.get(family, families["generic"])
     return found.chat_format(name, load_tokenizer(write(directory), found.special_pieces))

@@ -65,6 +65,29 @@ MARKED = (  # role markers that no one flagged special, swallowing the white spa
     "{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
+GLM4 = (  # the part that writes plain messages; releases differ in whether a prompt ends in a line break
+    "[gMASK]<sop>{% for item in messages %}<|{{ item['role'] }}|>{{ item['metadata'] }}\n"
+    "{{ item['content'] }}{% endfor %}{% if add_generation_prompt %}<|assistant|>LINE_BREAK{% endif %}"
+)
+GLM4_SPECIAL = [
+    *("<|endoftext|>", "[gMASK]", "<sop>"),
+    *("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
+]
+QWEN3 = (  # the part of it that writes plain messages
+    "{%- set ns = namespace(last_query=0) %}{%- for message in messages %}{%- if message.role == 'user' %}"
+    "{%- set ns.last_query = loop.index0 %}{%- endif %}{%- endfor %}"
+    "{%- for message in messages %}{%- set content = message.content %}{%- set thoughts = '' %}"
+    "{%- if message.role == 'assistant' and '</think>' in content %}"
+    "{%- set thoughts = content.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+    "{%- set content = content.split('</think>')[-1].lstrip('\n') %}{%- endif %}"
+    "{{- '<|im_start|>' + message.role + '\n' }}"
+    "{%- if message.role == 'assistant' and loop.index0 > ns.last_query and (loop.last or thoughts) %}"
+    "{{- '<think>\n' + thoughts + '\n</think>\n\n' + content.lstrip('\n') }}"
+    "{%- else %}{{- content }}{%- endif %}{{- '<|im_end|>\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}"
+    "{%- endif %}{%- endif %}"
+)
 ENDLESS = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
 
 
@@ -125,6 +148,17 @@ def deepseek_like(directory: Path) -> Path:
 
 def chatml(directory: Path, template: str = CHATML) -> Path:
     return write(directory, byte_level(CHATML_SPECIAL), template, eos_token="<|endoftext|>")
+
+
+def glm4_like(directory: Path, line_break: str = "\n") -> Path:
+    template = GLM4.replace("LINE_BREAK", line_break)
+    return write(directory, byte_level(GLM4_SPECIAL), template, eos_token="<|endoftext|>")
+
+
+def qwen3_like(directory: Path, template: str = QWEN3, words: Sequence[str] = ()) -> Path:
+    """`words` are one token each, but not special: "<think>" and "</think>" in the real vocabulary."""
+    added = [AddedToken(word, special=False, normalized=False) for word in words]
+    return write(directory, byte_level(CHATML_SPECIAL, added), template, eos_token="<|im_end|>")
 
 
 def gemma_like(directory: Path) -> Path:

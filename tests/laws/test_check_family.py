@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from chat_texts import LIKE, REAL, real_directory
+from chat_texts import BY_TEMPLATE, LIKE, REAL, real_directory
 from modules import KINDS, tiny_module
 from transformers import PreTrainedModel
 
@@ -18,10 +18,11 @@ from lorasmith.text.template import ChatFormat
 from lorasmith.types import Message, Piece
 
 
-@pytest.mark.parametrize("name", LIKE)
+@pytest.mark.parametrize("name", [*LIKE, *BY_TEMPLATE])
 def test_our_own_pass(tmp_path: Path, name: str) -> None:
+    write = {**LIKE, **BY_TEMPLATE}[name]
     module = partial(tiny_module, name) if name in KINDS else None
-    checked = check_family(find_family({}, name), LIKE[name](tmp_path), module=module)
+    checked = check_family(find_family({}, name), write(tmp_path), module=module)
     assert len(checked) == (6 if module is None else 10)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 
 from lorasmith.errors import FamilyError
-from lorasmith.families import baichuan2, chatglm3, deepseek, generic, llama3, transnormer
+from lorasmith.families import baichuan2, chatglm3, deepseek, generic, glm4, llama3, qwen3, transnormer
 from lorasmith.families.base import ConfigJson, Family, stop_ids_of
 from lorasmith.families.canary import check_canary, checked_tokenizer
 from lorasmith.families.plugins import load_plugins
@@ -20,7 +20,15 @@ __all__ = [
     "stop_ids_of",
 ]
 
-_NATIVE = (llama3.FAMILY, deepseek.FAMILY, baichuan2.FAMILY, chatglm3.FAMILY, transnormer.FAMILY)
+_NATIVE = (
+    llama3.FAMILY,
+    deepseek.FAMILY,
+    baichuan2.FAMILY,
+    chatglm3.FAMILY,
+    transnormer.FAMILY,
+    glm4.FAMILY,
+    qwen3.FAMILY,
+)
 _BUILT_IN = frozenset(family.name for family in (*_NATIVE, generic.FAMILY))
 
 

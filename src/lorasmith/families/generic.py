@@ -12,14 +12,20 @@ from lorasmith.text.template import ChatFormat
 from lorasmith.text.tokenizer import Tokenizer
 
 
-def _official(tokenizer: Tokenizer, extra_stop_ids: Sequence[int]) -> ChatFormat:
+def by_template(
+    tokenizer: Tokenizer, extra_stop_ids: Sequence[int], *, behind_last_answer: str = ""
+) -> ChatFormat:
+    """The model directory's own chat template as a chat format; see TemplateFormat.
+
+    Raises: FamilyError if the tokenizer is no tokenizer.json, or its template is missing or unfit.
+    """
     if not isinstance(tokenizer, FastTokenizer):
         raise FamilyError(
-            "the generic family needs a tokenizer.json",
-            why="a chat template is written for a transformers tokenizer",
+            "a chat template needs a tokenizer.json",
+            why="it is written for a transformers tokenizer",
             fix="choose the --family that this tokenizer belongs to",
         )
-    return TemplateFormat(tokenizer, extra_stop_ids)
+    return TemplateFormat(tokenizer, extra_stop_ids, behind_last_answer=behind_last_answer)
 
 
 _REMOTE_ONLY = {"baichuan", "chatglm", "transnormer"}
@@ -36,7 +42,7 @@ FAMILY = Family(
     name="generic",
     title="any transformers chat model",
     fits=_fits,
-    chat_formats={"official": _official},
+    chat_formats={"official": by_template},
     target_modules=None,
     canary=None,
     verified_against="apply_chat_template of transformers",

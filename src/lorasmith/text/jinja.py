@@ -31,13 +31,21 @@ _PROBES = (
 class TemplateFormat(ChatFormat):
     """`extra_stop_ids` are those of generation_config.json; `now` is what templates print as today.
 
+    `behind_last_answer` is a special token that the template leaves out: where it is the next turn's role
+    token that ends an answer, the last one must end in it too.
+
     Raises: FamilyError if there is no chat template, it is not jinja, or writes no token that ends an answer.
     """
 
     joint_text = True
 
     def __init__(
-        self, tokenizer: FastTokenizer, extra_stop_ids: Sequence[int] = (), *, now: datetime | None = None
+        self,
+        tokenizer: FastTokenizer,
+        extra_stop_ids: Sequence[int] = (),
+        *,
+        now: datetime | None = None,
+        behind_last_answer: str = "",
     ) -> None:
         if tokenizer.chat_template is None:
             raise FamilyError(
@@ -48,6 +56,7 @@ class TemplateFormat(ChatFormat):
             )
         self._source = tokenizer.chat_template
         self._template = ChatTemplate(self._source, tokenizer.named, now)
+        self._behind_last_answer = behind_last_answer
         self._controls = tokenizer.control_pattern
         self._reserved = re.compile(f"{SPAN_START}|{SPAN_END}|{_literals(tokenizer.special_tokens)}")
         self._special_tokens = tokenizer.special_tokens
@@ -57,7 +66,7 @@ class TemplateFormat(ChatFormat):
     def pieces(self, messages: Sequence[Message], *, for_generation: bool = False) -> list[Piece]:
         """Raises: DataError if the template refuses the messages, or renders a turn otherwise in training."""
         script = self._script(messages)
-        text, spans = take_spans(self._template.render(script.messages, add_generation_prompt=for_generation))
+        text, spans = take_spans(self._written(script.messages, add_generation_prompt=for_generation))
         if for_generation:
             return list(self._cut(text, [], [], script))
         turns = list(self._turns(script, text))
@@ -93,8 +102,13 @@ class TemplateFormat(ChatFormat):
                 )
             yield len(prompt), end
 
+    def _written(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
+        text = self._template.render(messages, add_generation_prompt=add_generation_prompt)
+        is_answered = not add_generation_prompt and bool(messages) and messages[-1]["role"] == "assistant"
+        return text + self._behind_last_answer if is_answered else text
+
     def _plain(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
-        return take_spans(self._template.render(messages, add_generation_prompt=add_generation_prompt))[0]
+        return take_spans(self._written(messages, add_generation_prompt=add_generation_prompt))[0]
 
     def _end_of_answer(self, text: str, start: int, index: int) -> int:
         for match in self._controls.finditer(text, start):
