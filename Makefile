@@ -10,10 +10,10 @@ demo: $(VENV)/.installed
 	$(BIN)/lorasmith demo
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -n auto -m "not slow"
 
 test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -n 2 -m slow
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

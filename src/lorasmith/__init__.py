@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         TrainConfig,
     )
     from lorasmith.errors import LorasmithError
+    from lorasmith.handover import convert_adapter, merge
     from lorasmith.model.model import Model
     from lorasmith.training.estimate import Plan
     from lorasmith.types import Batch, Completion, Conversation, Example, Layout, Message, Piece
@@ -48,6 +49,7 @@ _HOME = {
     ),
     "lorasmith.config": "DataConfig GenerateConfig LoraConfig ModelConfig RunConfig TrainConfig",
     "lorasmith.errors": "LorasmithError",
+    "lorasmith.handover": "convert_adapter merge",
     "lorasmith.model.model": "Model",
     "lorasmith.training.estimate": "Plan",
     "lorasmith.types": "Batch Completion Conversation Example Layout Message Piece",
@@ -74,12 +76,14 @@ __all__ = [
     "RunConfig",
     "TrainConfig",
     "chat",
+    "convert_adapter",
     "download",
     "evaluate",
     "generate",
     "load_dataset",
     "load_model",
     "load_module",
+    "merge",
     "plan",
     "train",
 ]

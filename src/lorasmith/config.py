@@ -19,6 +19,8 @@ from lorasmith.errors import ConfigError
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
+MergeLayout = Literal["original", "native"]
+AdapterForm = Literal["split", "fused"]
 DataFormat = Literal["auto", "alpaca", "sharegpt", "messages", "prompt-completion"]
 
 

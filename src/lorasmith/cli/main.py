@@ -8,7 +8,7 @@ import warnings
 
 import typer
 
-from lorasmith.cli import chat, data, demo, download, families, generate, train
+from lorasmith.cli import chat, convert, data, demo, download, families, generate, merge, train
 from lorasmith.errors import LorasmithError
 
 app = typer.Typer(
@@ -23,6 +23,8 @@ app.command("demo")(demo.demo)
 app.command("train")(train.train)
 app.command("chat")(chat.chat)
 app.command("generate")(generate.generate)
+app.command("merge")(merge.merge)
+app.command("convert")(convert.convert)
 app.add_typer(data.app, name="data")
 app.command("families")(families.families)
 app.command("download")(download.download)

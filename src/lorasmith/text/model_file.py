@@ -1,4 +1,4 @@
-"""Change what kind of piece a word is, inside a tokenizer.model: a protobuf message of sentencepiece's.
+"""What kind of piece a word is, inside a tokenizer.model: a protobuf message of sentencepiece's.
 
 By hand, because the reader that sentencepiece ships runs under the newest protobuf only, which other packages
 forbid. Source: sentencepiece_model.proto; the wire format of protobuf.
@@ -13,7 +13,9 @@ from typing import NamedTuple
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _PIECES = 1 << 3 | _BYTES  # ModelProto.pieces
 _TEXT = 1 << 3 | _BYTES  # SentencePiece.piece
-_IS_CONTROL = bytes([3 << 3 | _VARINT, 3])  # SentencePiece.type = CONTROL
+_KIND = 3 << 3 | _VARINT  # SentencePiece.type
+_IS_CONTROL = bytes([_KIND, 3])
+_IS_USER_DEFINED = bytes([_KIND, 4])
 
 
 class _Field(NamedTuple):
@@ -32,6 +34,20 @@ def with_control_pieces(model: bytes, pattern: str) -> bytes:
         _as_control(field) if field.key == _PIECES and matches(_text_of(field)) else field.whole
         for field in _fields(model)
     )
+
+
+def user_defined_pieces(model: bytes) -> list[int]:
+    """Ids of the pieces that stand whole wherever a text has them; sentencepiece's reader does not tell.
+
+    Raises: ValueError if `model` is no protobuf message.
+    """
+    pieces = (field for field in _fields(model) if field.key == _PIECES)
+    return [i for i, piece in enumerate(pieces) if _kind_of(piece) == _IS_USER_DEFINED]
+
+
+def _kind_of(piece: _Field) -> bytes:
+    kinds = [field.whole for field in _fields(piece.content) if field.key == _KIND]
+    return kinds[-1] if kinds else b""
 
 
 def _as_control(piece: _Field) -> bytes:

@@ -1,0 +1,1 @@
+"""Model (+ adapter) -> files for elsewhere. In: directories. Out: directories. Never: data, training."""
