@@ -10,11 +10,12 @@ from lorasmith.errors import ConfigError
 from lorasmith.exporting.convert import convert
 from lorasmith.exporting.merge import merge as merge_directories
 from lorasmith.families.opening import open_chat
+from lorasmith.hub.adapter_dir import ChatSettings, is_adapter_dir, read_chat_settings
 from lorasmith.hub.download import resolve
 from lorasmith.model.dtype import DTYPES
 from lorasmith.model.load import read_model_config
 from lorasmith.text.template import ChatFormat
-from lorasmith.training.run_dir import ChatSettings, adapter_of, is_adapter_dir, read_chat_settings
+from lorasmith.training.run_dir import adapter_of
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
@@ -46,7 +47,7 @@ def merge(
     adapter = adapter_of(source, checkpoint) if is_adapter else None
     named = base or (None if is_adapter else str(run_or_adapter))
     chat = _settings(source, named)
-    directory = resolve(named or chat.base)
+    directory = resolve(named) if named else resolve(chat.base, hub=chat.hub, revision=chat.revision)
     merge_directories(
         directory,
         adapter,
@@ -84,7 +85,7 @@ def convert_adapter(
 def _settings(source: Path, base: str | None) -> ChatSettings:
     """How the source is talked to; with `base` an adapter need not name one."""
     if base is not None and not (source / "chat_format.json").exists():
-        return ChatSettings(base, "auto", "official", None)
+        return ChatSettings(base)
     return read_chat_settings(source)
 
 

@@ -26,8 +26,8 @@ from lorasmith.errors import ConfigError, SetupError
 from lorasmith.exporting.layout import PROJECTIONS, NativeLayout, layout_around, projection_rows
 from lorasmith.exporting.native import unit_rows
 from lorasmith.exporting.staging import staged
+from lorasmith.hub.adapter_dir import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lorasmith.hub.files import read_json
-from lorasmith.model.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 _PREFIX = "base_model.model."
 _PLAIN_ONLY = {
