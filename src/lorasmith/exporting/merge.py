@@ -27,7 +27,7 @@ from lorasmith.exporting.proof import (
 from lorasmith.exporting.staging import refuse_content, staged
 from lorasmith.hub.files import read_json, read_json_if_there
 from lorasmith.model.adapter import load_adapter
-from lorasmith.model.load import load_base, module_dtype, read_model_config
+from lorasmith.model.load import load_base, module_dtype, read_model_config, without_progress_bar
 from lorasmith.text.sentencepiece_model import SentencePieceTokenizer
 from lorasmith.text.template import ChatFormat
 
@@ -167,7 +167,8 @@ def _save(task: _Task, merged: PreTrainedModel, folder: Path) -> str:
 def _save_weights(module: PreTrainedModel, folder: Path) -> None:
     """Shards; `module` is emptied, since they are loaded again next and two of it may not fit."""
     module.config.dtype = module_dtype(module)
-    module.save_pretrained(folder, max_shard_size=_SHARD)
+    with without_progress_bar():
+        module.save_pretrained(folder, max_shard_size=_SHARD)
     module.to("meta")
 
 

@@ -70,7 +70,7 @@ def load_base(
     Raises: SetupError naming missing, unknown or misshapen tensors.
     """
     try:
-        with _quiet_loading():
+        with without_progress_bar():
             module, info = AutoModelForCausalLM.from_pretrained(
                 directory,
                 config=config,
@@ -100,8 +100,8 @@ def load_base(
 
 
 @contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Without transformers' own progress bar, which has no line of its own to stand on."""
+def without_progress_bar() -> Iterator[None]:
+    """Reading and writing weights without transformers' own bar, which has no line of its own to stand on."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
