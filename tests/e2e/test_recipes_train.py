@@ -151,6 +151,19 @@ def assert_stock_peft_agrees(run: Path, base: Path) -> None:
             assert not torch.allclose(model.module(ids).logits, stock(ids).logits, atol=1e-3)
 
 
+def assert_merged_agrees(run: Path, merged: Path) -> None:
+    """The merged directory needs no adapter and says what the run says."""
+    ls.merge(run, output_dir=merged)
+    tuned = ls.load_model(str(run), dtype="fp32")
+    alone = ls.load_model(str(merged), family=tuned.family.name, dtype="fp32")
+    ids = torch.from_numpy(tuned.encode([ls.Message("user", "你是谁？")], for_generation=True).input_ids)[
+        None
+    ]
+    with torch.no_grad():
+        ours, theirs = tuned.module(ids).logits, alone.module(ids).logits
+    assert (ours - theirs).abs().max() <= 1e-3 * ours.abs().max()
+
+
 @pytest.mark.parametrize("recipe", CONFIGS)
 def test_a_recipe_is_trained_killed_resumed_loaded_and_talked_to(
     recipe: str, shared: Path, tmp_path: Path
@@ -167,6 +180,7 @@ def test_a_recipe_is_trained_killed_resumed_loaded_and_talked_to(
     assert adapters[0] == adapters[1]
 
     assert_stock_peft_agrees(cut, base)
+    assert_merged_agrees(cut, tmp_path / "merged")
     flags = ["--prompt", "你是谁？", "--greedy", "--max-new-tokens", "8"]
     answer = CliRunner().invoke(app, ["chat", str(cut), *flags])
     assert answer.exit_code == 0, answer.output

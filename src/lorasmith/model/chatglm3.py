@@ -47,6 +47,7 @@ _COMPUTED = {
 same model_type turn them: chatglm3-6b-32k and glm-4-9b have a rope_ratio, a p-tuned model a pre_seq_len."""
 
 _DEFAULTS = {
+    "bos_token_id": None,
     "eos_token_id": 2,
     "initializer_range": 0.02,
     "pad_token_id": 0,

@@ -86,7 +86,7 @@ def labels_are_ids(chat_format: ChatFormat) -> None:
     given = labels[labels != IGNORE_INDEX]
     in_vocabulary = ((given >= 0) & (given < chat_format.tokenizer.vocab_size)).all()
     require(bool(in_vocabulary), law, f"labels {given.tolist()}")
-    require(len(given) > 0 and int(labels[-1]) in chat_format.stop_ids, law, f"labels {labels.tolist()}")
+    require(len(given) > 0 and int(given[-1]) in chat_format.stop_ids, law, f"labels {labels.tolist()}")
 
 
 def stop_ids_are_special(chat_format: ChatFormat) -> None:
