@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
-import torch
 
-torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+# Tiny tensors: more threads only wait for each other. Before torch is loaded, and for every subprocess too.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 _SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -17,6 +17,13 @@ from lorasmith.training.progress import SilentReporter
 from lorasmith.training.storage import Storage
 
 VARIANTS = {"lora": {}, "dora": {"use_dora": True}, "pissa": {"init_lora_weights": "pissa"}}
+CELLS = [
+    pytest.param(
+        kind, lora, id=f"{name}-{kind}", marks=[] if name == "lora" or kind == "llama3" else pytest.mark.slow
+    )
+    for kind in KINDS
+    for name, lora in VARIANTS.items()
+]
 TRAIN = {
     "num_epochs": 4,
     "batch_size": 3,
@@ -60,8 +67,7 @@ def result(run):
     return (run / "adapter_model.safetensors").read_bytes(), losses
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("lora", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize(("kind", "lora"), CELLS)
 def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, kind, lora):
     directory = save_tiny(kind, tmp_path / "base")
     lora = ls.LoraConfig(r=4, lora_dropout=0.2, **lora)
