@@ -19,7 +19,10 @@ from lorasmith.training.storage import Storage
 VARIANTS = {"lora": {}, "dora": {"use_dora": True}, "pissa": {"init_lora_weights": "pissa"}}
 CELLS = [
     pytest.param(
-        kind, lora, id=f"{name}-{kind}", marks=[] if name == "lora" or kind == "llama3" else pytest.mark.slow
+        kind,
+        lora,
+        id=f"{name}-{kind}",
+        marks=[] if (name == "lora" and kind != "gemma2") or kind == "llama3" else pytest.mark.slow,
     )
     for kind in KINDS
     for name, lora in VARIANTS.items()
