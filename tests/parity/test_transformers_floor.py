@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FLOOR = (
     *("torch>=2.9,<2.14", "transformers==5.3.0", "peft==0.21.0", "tokenizers>=0.22", "jinja2==3.1.6"),
-    *("numpy>=1.26", "pydantic>=2.10,<3", "pyyaml>=6.0", "safetensors>=0.8"),
+    *("numpy>=1.26", "pydantic>=2.10,<3", "pyyaml>=6.0", "safetensors>=0.8", "sentencepiece>=0.2,<0.3"),
 )
 CONFIG = {
     "tokenizer_class": "LlamaTokenizerFast",
