@@ -26,7 +26,7 @@ DataFormat = Literal["auto", "alpaca", "sharegpt", "messages", "prompt-completio
 
 class Section(BaseModel):
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True, defer_build=True
     )
 
 
