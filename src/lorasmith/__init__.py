@@ -26,7 +26,6 @@ if TYPE_CHECKING:
         load_dataset,
         load_model,
         load_module,
-        plan,
         train,
     )
     from lorasmith.config import (
@@ -40,17 +39,19 @@ if TYPE_CHECKING:
     from lorasmith.errors import LorasmithError
     from lorasmith.handover import convert_adapter, merge
     from lorasmith.model.model import Model
+    from lorasmith.recipe import plan
     from lorasmith.training.estimate import Plan
     from lorasmith.types import Batch, Completion, Conversation, Example, Layout, Message, Piece
 
 _HOME = {
     "lorasmith.api": (
-        "Evaluation Run chat download evaluate generate load_dataset load_model load_module plan train"
+        "Evaluation Run chat download evaluate generate load_dataset load_model load_module train"
     ),
     "lorasmith.config": "DataConfig GenerateConfig LoraConfig ModelConfig RunConfig TrainConfig",
     "lorasmith.errors": "LorasmithError",
     "lorasmith.handover": "convert_adapter merge",
     "lorasmith.model.model": "Model",
+    "lorasmith.recipe": "plan",
     "lorasmith.training.estimate": "Plan",
     "lorasmith.types": "Batch Completion Conversation Example Layout Message Piece",
 }

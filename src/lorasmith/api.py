@@ -7,8 +7,8 @@ costs a fraction of a second.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from lorasmith.config import (
     TrainConfig,
     validate,
 )
-from lorasmith.errors import ConfigError, DataError
+from lorasmith.errors import DataError
 from lorasmith.types import Batch, Completion, Example, Message
 
 if TYPE_CHECKING:
@@ -30,12 +30,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lorasmith.data.dataset import Dataset
-    from lorasmith.data.loader import Loader
-    from lorasmith.families.base import Family
     from lorasmith.hub.adapter_dir import ChatSettings
     from lorasmith.model.model import Model
     from lorasmith.text.template import ChatFormat
-    from lorasmith.training.estimate import ParameterCount, Plan
     from lorasmith.training.progress import Reporter
     from lorasmith.training.storage import Storage
 
@@ -173,6 +170,7 @@ def train(
     model cannot take; DivergedError; StorageError.
     """
     from lorasmith.data.dataset import Dataset, fingerprint
+    from lorasmith.data.loader import training_loader
     from lorasmith.evaluation.loss import held_out_loss
     from lorasmith.model.model import Model
     from lorasmith.training.progress import default_reporter
@@ -188,7 +186,7 @@ def train(
     module = model.module if isinstance(model, Model) else model
     session = Session(
         module,
-        _loader(examples, train),
+        training_loader(examples, train),
         config,
         family_targets=tuned.family.target_modules if tuned else None,
         chat=_chat_settings(tuned, rows.system) if tuned else None,
@@ -203,78 +201,9 @@ def train(
     result = session.run((lambda: held_out_loss(session.model, batches)) if batches else None)
     if tuned:
         tuned.module, tuned.system = session.model, rows.system
-    return Run(
-        output_dir=session.run_dir,
-        step=result.step,
-        eval_loss_before=result.eval_loss_before,
-        eval_loss_after=result.eval_loss_after,
-        best_step=result.best_step,
-        stopped_early=result.stopped_early,
-    )
-
-
-def run(
-    config: RunConfig,
-    *,
-    resume: bool = False,
-    reporter: Reporter | None = None,
-    on_data: Callable[[Dataset], None] | None = None,
-) -> Run:
-    """A whole recipe. The data is checked first, then the targets, then the weights are read.
-
-    `on_data` is told the data set before the weights are read: the command line prints its report.
-    """
-    prepared = _prepare(config, rejects_path=Path(config.train.output_dir) / "rejects.jsonl")
-    if on_data:
-        on_data(prepared.data)
-    _count_parameters(prepared, config.lora)
-    base, found = config.model, prepared.family.name
-    asked: dict[str, Any] = base.model_dump(include={"hub", "revision", "chat_format", "dtype", "device"})
-    model = load_model(base.path, family=found, **asked)
-    return train(
-        model,
-        prepared.data,
-        output_dir=config.train.output_dir,
-        lora=config.lora,
-        train=config.train,
-        resume=resume,
-        reporter=reporter,
-    )
-
-
-def plan(config: RunConfig) -> Plan:
-    """What `run` would do and need: reads the data, config.json and the tokenizer, never the weights."""
-    from lorasmith.model.dtype import DTYPE_NAMES, resolve_device, resolve_dtype
-    from lorasmith.model.load import hidden_size
-    from lorasmith.model.plugin_classes import family_config
-    from lorasmith.training.estimate import Plan, estimate_memory
-    from lorasmith.training.loop import total_steps
-
-    prepared = _prepare(config, rejects_path=None)
-    parameters = _count_parameters(prepared, config.lora)
-    loader = _loader(prepared.data.examples, config.train)
-    rows = [batch for n in range(min(50, loader.steps_per_epoch)) for batch in loader.step(n)]
-    model_config = family_config(prepared.directory, prepared.family)
-    dtype = resolve_dtype(config.model.dtype, resolve_device(config.model.device), hidden_size(model_config))
-    memory = estimate_memory(
-        model_config,
-        parameters,
-        dtype,
-        row_tokens=max(len(row.input_ids) for row in rows),
-        row_targets=int(max(row.num_targets for row in rows)),
-        activation_checkpointing=config.train.activation_checkpointing,
-    )
-    return Plan(
-        family=prepared.family.name,
-        num_examples=loader.num_examples,
-        num_held_out=len(prepared.data.held_out),
-        tokens_per_epoch=loader.num_tokens,
-        targets_per_epoch=loader.num_targets,
-        total_steps=total_steps(loader, config.train),
-        parameters=parameters,
-        memory=memory,
-        dtype=DTYPE_NAMES[dtype],
-    )
+    how_it_ended = asdict(result)
+    del how_it_ended["total_steps"]
+    return Run(output_dir=session.run_dir, **how_it_ended)
 
 
 def chat(model: Model, messages: Sequence[Message], *, generate: GenerateConfig | None = None) -> Completion:
@@ -306,49 +235,6 @@ def evaluate(model: Model, data: Dataset | Sequence[Example], *, max_tokens: int
     model.module.eval()
     loss = held_out_loss(model.module, batches)
     return Evaluation(loss, math.exp(loss), int(sum(batch.num_targets for batch in batches)))
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    directory: Path
-    family: Family
-    data: Dataset
-
-
-def _prepare(config: RunConfig, *, rejects_path: Path | None) -> _Prepared:
-    from lorasmith.data.dataset import load
-    from lorasmith.families.opening import context_length, open_chat
-
-    for key, value in {"model.path": config.model.path, "data.train": config.data.train}.items():
-        if not value:
-            raise ConfigError(f"{key} is not set", fix=f"give it in the config or by --set {key}=...")
-    if not config.train.output_dir:
-        raise ConfigError("train.output_dir is not set", fix="give it in the config or by --output-dir")
-    directory = download(config.model.path, hub=config.model.hub, revision=config.model.revision)
-    family, chat_format = open_chat(directory, config.model.family, config.model.chat_format)
-    limit = context_length(directory)
-    data = load(config.data, chat_format, model_max_length=limit, rejects_path=rejects_path)
-    return _Prepared(directory, family, data)
-
-
-def _count_parameters(prepared: _Prepared, lora: LoraConfig) -> ParameterCount:
-    from lorasmith.model.plugin_classes import family_config
-    from lorasmith.training.estimate import count_parameters
-
-    model_config = family_config(prepared.directory, prepared.family)
-    return count_parameters(model_config, lora, prepared.family.target_modules)
-
-
-def _loader(examples: Sequence[Example], train: TrainConfig) -> Loader:
-    from lorasmith.data.loader import Loader
-
-    return Loader(
-        examples,
-        batch_size=train.batch_size,
-        max_tokens=train.max_tokens,
-        seed=train.seed,
-        shuffle=train.shuffle,
-    )
 
 
 def _one_pass(examples: Sequence[Example], max_tokens: int) -> tuple[Batch, ...]:

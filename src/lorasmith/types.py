@@ -105,8 +105,7 @@ class Batch:
     labels: Ints  # (T,)
     weights: Floats  # (T,) how many conversations own the token's loss
     layout: Layout
-    offset: int = 0
-    """Number of the step's tokens that lie in earlier rows: dropout masks are keyed by it."""
+    token_numbers: Ints  # (T,) the token's number in its step, however the step is cut: keys dropout masks
 
     @property
     def num_targets(self) -> float:

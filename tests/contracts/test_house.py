@@ -17,6 +17,7 @@ DUMPING_GROUNDS = {"utils", "util", "common", "helpers", "helper", "misc", "mana
 
 MAY_IMPORT_INSIDE = {
     "api.py": "rooms with torch in them are imported by the calls that need them",
+    "recipe.py": "the same, for a whole recipe",
     "cli/": "a config error must be told before torch is loaded",
     "hub/download.py": "each hub's client is loaded when that hub is asked",
     "testing/family.py": "the laws of text need no torch; those of models do",

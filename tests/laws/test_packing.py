@@ -43,10 +43,10 @@ def test_cutting_a_step_into_rows_changes_nothing(kind, dropout):
     model, clock = tuned(kind, dropout)
     rows = examples(8)
     whole = packed_loss(model, clock, [lay_out(rows)])
-    batches, offset = [], 0
+    batches, laid_out = [], 0
     for indices in pack_rows([len(row) for row in rows], 30):
-        batches.append(lay_out([rows[i] for i in indices], offset))
-        offset += len(batches[-1].input_ids)
+        batches.append(lay_out([rows[i] for i in indices], laid_out))
+        laid_out += len(batches[-1].input_ids)
     assert len(batches) > 2
     assert_same(whole, packed_loss(model, clock, batches))
 
@@ -80,6 +80,7 @@ def shared_prefix(rows, length):
             parents=np.array([-1, *([0] * len(rows))]),
             position_ids=np.concatenate([np.arange(length), *tails]),
         ),
+        token_numbers=np.arange(sum(lengths)),
     )
 
 

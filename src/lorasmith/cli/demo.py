@@ -22,6 +22,7 @@ def demo(
     from lorasmith import api
     from lorasmith.cli.train import describe_run, say_data
     from lorasmith.config import load_run_config
+    from lorasmith.recipe import run as run_recipe
 
     _use_two_threads()
     run_dir = unused_dir(Path(output_dir))
@@ -39,7 +40,7 @@ def demo(
     )
     typer.echo("embedded persona, and answers the same questions again.\n")
     before = answer(api.load_model(str(ASSETS / "tiny"), dtype=recipe.model.dtype), questions)
-    run = api.run(recipe, on_data=say_data)
+    run = run_recipe(recipe, on_data=say_data)
     after = answer(api.load_model(str(run_dir), dtype=recipe.model.dtype), questions)
     _show(questions, before, after)
     typer.echo(

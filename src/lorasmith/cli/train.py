@@ -35,7 +35,8 @@ def train(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")] = False,
 ) -> None:
     """Fine-tune a LoRA adapter."""
-    from lorasmith import api
+    from lorasmith.recipe import plan as plan_of
+    from lorasmith.recipe import run as run_recipe
 
     flags = {
         "model.path": model,
@@ -47,16 +48,16 @@ def train(
     }
     recipe = _read(config, flags, set_ or [], resume)
     if dry_run:
-        plan = api.plan(recipe)
+        plan = plan_of(recipe)
         typer.echo(json.dumps(asdict(plan)) if json_ else describe_plan(recipe, plan))
         return
     if json_:
         from lorasmith.training.progress import SilentReporter
 
-        run = api.run(recipe, resume=resume, reporter=SilentReporter())
+        run = run_recipe(recipe, resume=resume, reporter=SilentReporter())
         typer.echo(json.dumps(asdict(run), default=str))
         return
-    typer.echo(describe_run(api.run(recipe, resume=resume, on_data=say_data)))
+    typer.echo(describe_run(run_recipe(recipe, resume=resume, on_data=say_data)))
 
 
 def say_data(data: Dataset) -> None:

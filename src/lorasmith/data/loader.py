@@ -7,9 +7,21 @@ from functools import lru_cache
 
 import numpy as np
 
+from lorasmith.config import TrainConfig
 from lorasmith.data.pack import lay_out, pack_rows
 from lorasmith.errors import DataError
 from lorasmith.types import Batch, Example, Ints
+
+
+def training_loader(examples: Sequence[Example], config: TrainConfig) -> Loader:
+    """The steps of a training run, from its own settings."""
+    return Loader(
+        examples,
+        batch_size=config.batch_size,
+        max_tokens=config.max_tokens,
+        seed=config.seed,
+        shuffle=config.shuffle,
+    )
 
 
 class Loader:
@@ -66,10 +78,10 @@ class Loader:
         """The flat rows of global step n, each of at most `max_tokens` where its conversations allow."""
         examples = self.examples(n)
         batches: list[Batch] = []
-        offset = 0
+        laid_out = 0
         for row in pack_rows([len(example) for example in examples], self.max_tokens):
-            batches.append(lay_out([examples[index] for index in row], offset))
-            offset += len(batches[-1].input_ids)
+            batches.append(lay_out([examples[index] for index in row], laid_out))
+            laid_out += len(batches[-1].input_ids)
         return tuple(batches)
 
     def _order_of_epoch(self, epoch: int) -> Ints:

@@ -26,8 +26,9 @@ def pack_rows(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     return rows
 
 
-def lay_out(examples: Sequence[Example], offset: int = 0) -> Batch:
-    """One flat row (T,): each conversation is a segment that continues none, with positions from 0."""
+def lay_out(examples: Sequence[Example], first_number: int = 0) -> Batch:
+    """One flat row (T,): each conversation is a segment that continues none, with positions from 0, and the
+    tokens are numbered from `first_number`."""
     lengths = [len(example) for example in examples]
     layout = Layout(
         starts=np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))),
@@ -39,5 +40,5 @@ def lay_out(examples: Sequence[Example], offset: int = 0) -> Batch:
         labels=np.concatenate([example.labels for example in examples]),
         weights=np.ones(sum(lengths), dtype=np.float32),
         layout=layout,
-        offset=offset,
+        token_numbers=np.arange(first_number, first_number + sum(lengths)),
     )

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import peft
+import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -18,8 +19,8 @@ class DropoutClock:
 
     seed: int
     step: int = 0
-    offset: int = 0
-    """Tokens of this step that lie in earlier micro-batches."""
+    token_numbers: Tensor | None = None
+    """(T,) Those of the row under way, on its device; None counts from 0."""
 
 
 class StatelessDropout(nn.Module):
@@ -31,7 +32,10 @@ class StatelessDropout(nn.Module):
         if not self.training:
             return x
         key = dropout_key(self.clock.seed, self.clock.step, self.name)
-        return dropout(x, self.p, key, self.clock.offset)
+        numbers = self.clock.token_numbers
+        if numbers is None:
+            numbers = torch.arange(x.shape[:-1].numel(), device=x.device)
+        return dropout(x, self.p, key, numbers)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"

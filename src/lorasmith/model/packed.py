@@ -28,6 +28,7 @@ class DeviceBatch:
     rows: Tensor  # (N,) the positions that have a label
     labels: Tensor  # (N,)
     weights: Tensor  # (N,)
+    token_numbers: Tensor  # (T,)
     lengths: tuple[int, ...]
     layout: LayoutIndex
 
@@ -40,6 +41,7 @@ def to_device(batch: Batch, device: torch.device) -> DeviceBatch:
         rows=torch.from_numpy(rows).to(device),
         labels=torch.from_numpy(batch.labels[rows]).to(device),
         weights=torch.from_numpy(batch.weights[rows]).to(device),
+        token_numbers=torch.from_numpy(batch.token_numbers).to(device),
         lengths=tuple(int(n) for n in batch.layout.lengths),
         layout=layout_index(batch.layout, device),
     )

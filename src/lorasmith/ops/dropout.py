@@ -19,25 +19,21 @@ def dropout_key(seed: int, step: int, module: str) -> tuple[int, int]:
     return _signed(int.from_bytes(digest[:4], "little")), _signed(int.from_bytes(digest[4:], "little"))
 
 
-def dropout(x_TD: Tensor, p: float, key: tuple[int, int], first_row: int = 0) -> Tensor:
+def dropout(x_TD: Tensor, p: float, key: tuple[int, int], numbers_T: Tensor) -> Tensor:
     """Zero each element with probability p and scale the others by 1 / (1 - p).
 
-    Shapes: x (..., T, D); the mask of row t is that of row `first_row + t` of the step, however the step is
-    cut into micro-batches.
+    Shapes: x (..., T, D); `numbers_T` (T,) int64 are the tokens' numbers in their step, so a token's mask is
+    the same however the step is cut into micro-batches.
     """
-    rows, width = x_TD.numel() // x_TD.shape[-1], x_TD.shape[-1]
-    keep = keep_mask(rows, width, p, key, first_row, x_TD.device).view(x_TD.shape)
+    keep = keep_mask(numbers_T, x_TD.shape[-1], p, key).view(x_TD.shape)
     return x_TD * keep.to(x_TD.dtype).mul_(1 / (1 - p))
 
 
-def keep_mask(
-    rows: int, width: int, p: float, key: tuple[int, int], first_row: int, device: torch.device | str = "cpu"
-) -> Tensor:
-    """Boolean (rows, width), True with probability 1 - p: two 16-bit draws from each 32-bit hash."""
+def keep_mask(numbers_T: Tensor, width: int, p: float, key: tuple[int, int]) -> Tensor:
+    """Boolean (T, width), True with probability 1 - p: two 16-bit draws from each 32-bit hash."""
     words = (width + 1) // 2
-    start = first_row * words
-    counter = torch.arange(start, start + rows * words, dtype=torch.int64, device=device)
-    draws = _hash32(counter.to(torch.int32), key).view(rows, words).view(torch.int16)
+    counter_TW = numbers_T[:, None] * words + torch.arange(words, device=numbers_T.device)
+    draws = _hash32(counter_TW.to(torch.int32), key).view(torch.int16)
     return draws[:, :width] >= round(p * _LEVELS) - _LEVELS // 2
 
 

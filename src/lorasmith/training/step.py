@@ -58,8 +58,8 @@ def accumulate_gradients(
     device = next(model.parameters()).device
     loss = 0.0
     for batch in batches:
-        clock.offset = batch.offset
         on_device = to_device(batch, device)
+        clock.token_numbers = on_device.token_numbers
         logits_NV = target_logits(model, on_device)
         part = cross_entropy_sum(logits_NV, on_device.labels, on_device.weights) / num_targets
         part.backward()

@@ -88,7 +88,7 @@ def test_packing_keeps_each_conversation_whole_and_in_order(
     expected = [(e.input_ids.tolist(), e.labels.tolist()) for e in source.examples(0)]
     assert conversations(batches) == expected
     sizes = [len(batch.input_ids) for batch in batches]
-    assert [batch.offset for batch in batches] == [sum(sizes[:index]) for index in range(len(sizes))]
+    assert np.concatenate([batch.token_numbers for batch in batches]).tolist() == list(range(sum(sizes)))
     assert all(
         size <= max_tokens or len(batch.layout.parents) == 1
         for size, batch in zip(sizes, batches, strict=True)
@@ -96,13 +96,13 @@ def test_packing_keeps_each_conversation_whole_and_in_order(
 
 
 def test_a_row_starts_every_conversation_at_position_0_and_counts_each_target_once() -> None:
-    batch = lay_out([example(0, 3), example(1, 2)], offset=7)
+    batch = lay_out([example(0, 3), example(1, 2)], first_number=7)
     assert batch.layout.starts.tolist() == [0, 3, 5]
     assert batch.layout.parents.tolist() == [-1, -1]
     assert batch.layout.position_ids.tolist() == [0, 1, 2, 0, 1]
     assert batch.weights.dtype == np.float32
     assert batch.num_targets == example(0, 3).num_targets + example(1, 2).num_targets
-    assert batch.offset == 7
+    assert batch.token_numbers.tolist() == [7, 8, 9, 10, 11]
 
 
 def test_a_row_is_filled_before_the_next_begins() -> None:
