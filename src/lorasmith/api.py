@@ -171,7 +171,7 @@ def train(
     """
     from lorasmith.data.dataset import Dataset, fingerprint
     from lorasmith.data.loader import training_loader
-    from lorasmith.evaluation.loss import held_out_loss
+    from lorasmith.evaluation.loss import mean_loss
     from lorasmith.model.model import Model
     from lorasmith.training.progress import default_reporter
     from lorasmith.training.session import Session
@@ -198,7 +198,7 @@ def train(
         storage=storage or Storage(),
     )
     batches = _one_pass(held_out, train.max_tokens)
-    result = session.run((lambda: held_out_loss(session.model, batches)) if batches else None)
+    result = session.run((lambda rows: mean_loss(rows, batches)) if batches else None)
     if tuned:
         tuned.module, tuned.system = session.model, rows.system
     how_it_ended = asdict(result)

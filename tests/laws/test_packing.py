@@ -10,7 +10,7 @@ from modules import KINDS, examples, tiny_module
 
 from lorasmith.data.pack import lay_out, pack_rows
 from lorasmith.evaluation.loss import held_out_loss
-from lorasmith.model.packed import packed_attention, takes_layout, target_logits, to_device
+from lorasmith.model.packed import packed, takes_layout, to_device
 from lorasmith.testing import model_laws
 from lorasmith.testing.model_laws import packed_loss, plain_loss
 from lorasmith.types import Batch, Example, Layout
@@ -90,9 +90,9 @@ def test_no_token_moves_when_another_conversation_in_the_row_changes(kind):
     rows, others = examples(4), examples(4, seed=1)
     size = len(rows[1])
     changed = [others[0], rows[1], others[2], others[3]]
-    with torch.no_grad(), packed_attention(module):
+    with torch.no_grad(), packed(module) as packed_module:
         before, after = (
-            target_logits(module, to_device(lay_out(r), torch.device("cpu"))) for r in (rows, changed)
+            packed_module.logits(to_device(lay_out(r), torch.device("cpu"))) for r in (rows, changed)
         )
     own = [(r[0].num_targets, r[0].num_targets + r[1].num_targets) for r in (rows, changed)]
     assert size > 0

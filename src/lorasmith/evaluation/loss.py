@@ -7,19 +7,21 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from lorasmith.model.packed import packed_attention, target_logits, to_device
-from lorasmith.ops.cross_entropy import cross_entropy_sum
+from lorasmith.model.packed import PackedModule, packed, to_device
 from lorasmith.types import Batch
 
 
 def held_out_loss(module: nn.Module, batches: Iterable[Batch]) -> float:
     """Negative log-likelihood in nats per target token. The module must be in eval mode."""
-    device = next(module.parameters()).device
+    with packed(module) as rows:
+        return mean_loss(rows, batches)
+
+
+@torch.no_grad()
+def mean_loss(module: PackedModule, batches: Iterable[Batch]) -> float:
+    """The same over a module that is packed already, as it is while it trains."""
     loss, num_targets = 0.0, 0.0
-    with torch.no_grad(), packed_attention(module):
-        for batch in batches:
-            on_device = to_device(batch, device)
-            logits_NV = target_logits(module, on_device)
-            loss += cross_entropy_sum(logits_NV, on_device.labels, on_device.weights).item()
-            num_targets += batch.num_targets
+    for batch in batches:
+        loss += module.loss_sum(to_device(batch, module.device)).item()
+        num_targets += batch.num_targets
     return loss / num_targets

@@ -1,12 +1,12 @@
-"""One forward pass over a Layout, on the module as transformers wrote it.
+"""Flat rows through a causal language model as transformers wrote it.
 
-Shapes: T = tokens of the flat row, N = positions that have a label, V = vocabulary.
+Shapes: T = tokens of the flat row, N = positions that have a label, D = hidden size, V = vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,9 +14,17 @@ import peft
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lorasmith.model.dropout import DropoutClock
+from lorasmith.model.fused import Forward, fused_ops, replaced_forward
 from lorasmith.ops.attention import LAYOUT_ATTENTION, LayoutIndex, layout_attention_interface, layout_index
+from lorasmith.ops.cross_entropy import cross_entropy_sum, linear_cross_entropy
+from lorasmith.ops.norm_head import NormHead
 from lorasmith.types import IGNORE_INDEX, Batch
+
+_POSITION_WISE = ("mlp", "channel_mixer", "self_attn.q_proj", "self_attn.o_proj", "self_attention.dense", "token_mixer.out_proj")
+"""The field's names for what, in the last layer, only reads and writes a token's own position."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +37,6 @@ class DeviceBatch:
     labels: Tensor  # (N,)
     weights: Tensor  # (N,)
     token_numbers: Tensor  # (T,)
-    lengths: tuple[int, ...]
     layout: LayoutIndex
 
 
@@ -42,7 +49,6 @@ def to_device(batch: Batch, device: torch.device) -> DeviceBatch:
         labels=torch.from_numpy(batch.labels[rows]).to(device),
         weights=torch.from_numpy(batch.weights[rows]).to(device),
         token_numbers=torch.from_numpy(batch.token_numbers).to(device),
-        lengths=tuple(int(n) for n in batch.layout.lengths),
         layout=layout_index(batch.layout, device),
     )
 
@@ -72,14 +78,96 @@ def _plain_attention(config: PretrainedConfig) -> bool:
     return kinds == {"full_attention"} and not windowed and not capped
 
 
+class PackedModule:
+    """A module that computes losses of flat rows; made by `packed`, within which alone it works."""
+
+    def __init__(self, module: nn.Module, clock: DropoutClock) -> None:
+        self.module, self.clock = module, clock
+        self.clock.token_numbers = None  # the probes of this module count from 0
+        self.by_layout = takes_layout(module)
+        self.base = base_module(module)
+        self._head = _plain_head(self.base)
+        self._rows: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    def loss_sum(self, batch: DeviceBatch) -> Tensor:
+        """Sum over the labelled positions of weight * -log p(label), a scalar; logits are never all there."""
+        if self._head is None or not self.by_layout:
+            return cross_entropy_sum(self.logits(batch), batch.labels, batch.weights)
+        self._begin(batch, batch.rows)
+        hidden_1TD = self.base.base_model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            layout=batch.layout,
+            use_cache=False,
+        ).last_hidden_state
+        hidden_ND = hidden_1TD[0].index_select(0, batch.rows)
+        return _head_loss(self._head, hidden_ND, batch)
+
+    def logits(self, batch: DeviceBatch) -> Tensor:
+        """Logits (N, V) of the positions that have a label, in the order of `batch.rows`."""
+        self._begin(batch, None)
+        if not self.by_layout:
+            assert len(batch.layout.layout.parents) == 1, "such a model computes one conversation at a time"
+            logits_1TV: Tensor = self.module(input_ids=batch.input_ids, use_cache=False).logits
+            return logits_1TV[0, batch.rows]
+        logits_1NV: Tensor = self.module(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            layout=batch.layout,
+            logits_to_keep=batch.rows,
+            use_cache=False,
+        ).logits
+        return logits_1NV[0]
+
+    def on_rows(self, part: nn.Module) -> Forward:
+        """A forward for a position-wise part of the last layer: what feeds no label is left out.
+
+        The other positions read zeros, in forward as in backward; nobody looks at them.
+        """
+        own = part.forward
+
+        def forward(x_1TD: Tensor) -> Tensor:
+            rows, numbers = self._rows, self.clock.token_numbers
+            if rows is None:
+                return own(x_1TD)
+            self.clock.token_numbers = None if numbers is None else numbers[rows]
+            try:
+                out_1ND = own(x_1TD.index_select(1, rows))
+            finally:
+                self.clock.token_numbers = numbers
+            return out_1ND.new_zeros(1, x_1TD.shape[1], out_1ND.shape[2]).index_copy(1, rows, out_1ND)
+
+        return forward
+
+    def _begin(self, batch: DeviceBatch, rows: Tensor | None) -> None:
+        self.clock.token_numbers, self._rows = batch.token_numbers, rows
+
+
 @contextmanager
-def packed_attention(module: nn.Module) -> Iterator[None]:
-    """Within: `target_logits` may be called. After: the module generates as before."""
-    base = base_module(module)
-    before = base.config._attn_implementation
-    if not takes_layout(module):
-        yield
+def packed(module: nn.Module, clock: DropoutClock | None = None) -> Iterator[PackedModule]:
+    """Within: flat rows may be computed. After: the module generates as before.
+
+    `clock` is the one that the module's dropout reads; a module in eval mode needs none.
+    """
+    rows = PackedModule(module, clock or DropoutClock(seed=0))
+    if not rows.by_layout:
+        yield rows
         return
+    with ExitStack() as stack:
+        stack.enter_context(_layout_attention(rows.base))
+        stack.enter_context(fused_ops(rows.base))
+        for part in _last_position_wise(rows.base):
+            stack.enter_context(replaced_forward(part, rows.on_rows(part)))
+        yield rows
+
+
+@contextmanager
+def _layout_attention(base: PreTrainedModel) -> Iterator[None]:
+    before = base.config._attn_implementation
     AttentionInterface.register(LAYOUT_ATTENTION, layout_attention_interface)
     base.set_attn_implementation(LAYOUT_ATTENTION)
     try:
@@ -88,21 +176,27 @@ def packed_attention(module: nn.Module) -> Iterator[None]:
         base.set_attn_implementation(before)
 
 
-def target_logits(module: nn.Module, batch: DeviceBatch) -> Tensor:
-    """Logits (N, V) of the positions that have a label, in the order of `batch.rows`."""
-    if base_module(module).config._attn_implementation != LAYOUT_ATTENTION:
-        return _one_by_one(module, batch)
-    logits: Tensor = module(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        layout=batch.layout,
-        logits_to_keep=batch.rows,
-        use_cache=False,
-    ).logits
-    return logits[0]
+def _last_position_wise(base: PreTrainedModel) -> list[nn.Module]:
+    layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
+    parts = dict(layers[-1].named_modules()) if layers else {}
+    return [parts[name] for name in _POSITION_WISE if name in parts]
 
 
-def _one_by_one(module: nn.Module, batch: DeviceBatch) -> Tensor:
-    segments = batch.input_ids[0].split(list(batch.lengths))
-    logits_TV = torch.cat([module(input_ids=ids[None], use_cache=False).logits[0] for ids in segments])
-    return logits_TV[batch.rows]
+@torch.no_grad()
+def _plain_head(base: PreTrainedModel) -> nn.Linear | NormHead | None:
+    """The head, if it is neither adapted nor followed by a scale or a soft cap: tried on this model."""
+    head = base.get_output_embeddings()
+    if type(head) not in (nn.Linear, NormHead):
+        return None
+    ids = torch.arange(4, device=head.weight.device)[None]
+    hidden_1TD = base.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    logits_1TV = base(input_ids=ids, use_cache=False).logits
+    return head if torch.allclose(head(hidden_1TD).to(logits_1TV.dtype), logits_1TV, rtol=1e-3) else None
+
+
+def _head_loss(head: nn.Linear | NormHead, hidden_ND: Tensor, batch: DeviceBatch) -> Tensor:
+    if isinstance(head, NormHead):
+        return linear_cross_entropy(
+            hidden_ND, head.weight, batch.labels, batch.weights, weight_scale=head.inverse_norms_V()
+        )
+    return linear_cross_entropy(hidden_ND, head.weight, batch.labels, batch.weights, bias=head.bias)

@@ -168,7 +168,7 @@ def layout_attention_interface(
 
     Shapes: query (1, H, T, D), key and value (1, K, T, D) -> ((1, T, H, D), None).
     """
-    assert layout is not None, "the packed attention runs under packed_attention(), with a layout"
+    assert layout is not None, "this attention runs under packed(), with a layout"
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out_HTD = layout_attention(query[0], key[0], value[0], layout, scale)
     return out_HTD.transpose(0, 1)[None], None

@@ -48,9 +48,9 @@ class NormHead(nn.Module):
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """Logits (N, V), in fp32 for a weight of 16 bits."""
-        return F.linear(x_ND.to(self.weight.dtype), self.weight) * self._inverse_norms_V()
+        return F.linear(x_ND.to(self.weight.dtype), self.weight) * self.inverse_norms_V()
 
-    def _inverse_norms_V(self) -> Tensor:
+    def inverse_norms_V(self) -> Tensor:
         weight = self.weight
         if (weight.requires_grad and torch.is_grad_enabled()) or weight.is_inference():
             return _inverse_norms(weight)

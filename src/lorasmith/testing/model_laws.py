@@ -20,7 +20,7 @@ from lorasmith.data.pack import lay_out
 from lorasmith.model.adapter import attach_lora, trainable_parameters
 from lorasmith.model.dropout import DropoutClock
 from lorasmith.model.load import load_base, read_model_config
-from lorasmith.model.packed import packed_attention, target_logits, to_device
+from lorasmith.model.packed import packed, to_device
 from lorasmith.testing.law import require
 from lorasmith.testing.texts import random_examples
 from lorasmith.training.step import accumulate_gradients
@@ -49,10 +49,9 @@ def nothing_leaks(make: Make, targets: Targets) -> None:
     law = "no conversation sees another"
     module = make()
     rows, others = (random_examples(_vocab_size(module), 3, seed=seed) for seed in (0, 1))
-    with torch.no_grad(), packed_attention(module):
+    with torch.no_grad(), packed(module) as packed_module:
         before, after = (
-            target_logits(module, to_device(lay_out([other, rows[1]]), _CPU))
-            for other in (rows[0], others[0])
+            packed_module.logits(to_device(lay_out([other, rows[1]]), _CPU)) for other in (rows[0], others[0])
         )
     count = rows[1].num_targets
     moved = float((before[-count:] - after[-count:]).abs().max())
@@ -106,8 +105,8 @@ def tuned(
 def packed_loss(model: nn.Module, clock: DropoutClock, batches: Sequence[Batch]) -> LossAndGradients:
     """Loss and gradients as training takes them, over the rows of one step."""
     num_targets = sum(batch.num_targets for batch in batches)
-    with packed_attention(model):
-        loss = accumulate_gradients(model, batches, num_targets, clock)
+    with packed(model, clock) as rows:
+        loss = accumulate_gradients(rows, batches, num_targets)
     return loss, _taken_gradients(model)
 
 

@@ -15,7 +15,7 @@ from lorasmith.config import TrainConfig
 from lorasmith.model.adapter import adapter_files, trainable_parameters
 from lorasmith.model.checkpointing import activation_checkpointing
 from lorasmith.model.dropout import DropoutClock
-from lorasmith.model.packed import packed_attention
+from lorasmith.model.packed import PackedModule, packed
 from lorasmith.training.checkpoint import (
     TrainState,
     checkpoint_dir,
@@ -67,7 +67,7 @@ class Fit:
         clock: DropoutClock,
         initial: Mapping[str, torch.Tensor] | None,
         depends_on: Mapping[str, Any],
-        held_out_loss: Callable[[], float] | None,
+        held_out_loss: Callable[[PackedModule], float] | None,
         reporter: Reporter,
         storage: Storage,
         resume_from: Path | None,
@@ -90,25 +90,25 @@ class Fit:
         self.reporter.start(self.state.step, self.total_steps)
         recompute = self.config.activation_checkpointing
         try:
-            with packed_attention(self.model), activation_checkpointing(self.model, recompute):
-                stopped_early = self._train()
+            with packed(self.model, self.clock) as rows, activation_checkpointing(self.model, recompute):
+                stopped_early = self._train(rows)
         finally:
             self.reporter.finish()
         self._publish()
         self.model.eval()
         return self._result(stopped_early)
 
-    def _train(self) -> bool:
+    def _train(self, rows: PackedModule) -> bool:
         """True if early stopping ended it."""
         if self.state.step == 0:
-            self._evaluate()
+            self._evaluate(rows)
         while self.state.step < self.total_steps:
-            result = self._step()
+            result = self._step(rows)
             done = self.state.step == self.total_steps
             if done or self._due(self.config.logging_steps):
                 self._log(result)
             if done or self._due(self.config.eval_steps):
-                self._evaluate()
+                self._evaluate(rows)
             if done or self._due(self.config.save_steps) or self.state.best_step == self.state.step:
                 self._save()
             patience = self.config.early_stopping_patience
@@ -118,16 +118,15 @@ class Fit:
                 return True
         return False
 
-    def _step(self) -> StepResult:
+    def _step(self, rows: PackedModule) -> StepResult:
         self.clock.step = self.state.step
         with memory_told():
             result = train_step(
-                self.model,
+                rows,
                 self.optimizer,
                 self.source.step(self.state.step),
                 learning_rate=learning_rate(self.state.step, self.total_steps, self.config),
                 max_grad_norm=self.config.max_grad_norm,
-                clock=self.clock,
             )
         self.state = self.state.after(result.loss, result.num_targets)
         self._window_tokens += result.num_tokens
@@ -162,12 +161,12 @@ class Fit:
         self.state = replace(self.state, window_loss=0.0, window_targets=0.0)
         self._window_tokens, self._window_start = 0, time.monotonic()
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, rows: PackedModule) -> None:
         if self.held_out_loss is None:
             return
         started = time.monotonic()
         self.model.eval()
-        loss = self.held_out_loss()
+        loss = self.held_out_loss(rows)
         self.model.train()
         self.log.write(step=self.state.step, eval_loss=loss)
         best = self.state.best_eval_loss

@@ -17,6 +17,7 @@ from lorasmith.model.adapter import attach_lora, initial_tensors
 from lorasmith.model.dropout import DropoutClock
 from lorasmith.model.dtype import DTYPE_NAMES
 from lorasmith.model.load import module_dtype
+from lorasmith.model.packed import PackedModule
 from lorasmith.training.checkpoint import read_state, require_same_run
 from lorasmith.training.loop import Fit, FitResult, StepSource
 from lorasmith.training.progress import Reporter
@@ -75,7 +76,7 @@ class Session:
         self._initial = initial_tensors(self.model, config.lora)
         write_settings(storage, self.run_dir, self.config, chat)
 
-    def run(self, held_out_loss: Callable[[], float] | None) -> FitResult:
+    def run(self, held_out_loss: Callable[[PackedModule], float] | None) -> FitResult:
         fit = Fit(
             self.model,
             self._source,

@@ -10,9 +10,7 @@ import torch
 from torch import nn
 
 from lorasmith.errors import DivergedError, MemoryLimitError
-from lorasmith.model.dropout import DropoutClock
-from lorasmith.model.packed import target_logits, to_device
-from lorasmith.ops.cross_entropy import cross_entropy_sum
+from lorasmith.model.packed import PackedModule, to_device
 from lorasmith.types import Batch
 
 
@@ -26,24 +24,23 @@ class StepResult:
 
 
 def train_step(
-    model: nn.Module,
+    model: PackedModule,
     optimizer: torch.optim.Optimizer,
     batches: Sequence[Batch],
     *,
     learning_rate: float,
     max_grad_norm: float | None,
-    clock: DropoutClock,
 ) -> StepResult:
     """Forward and backward over the step's rows, then one update.
 
     Raises: DivergedError before the update if the loss or the gradient is not finite.
     """
     num_targets = sum(batch.num_targets for batch in batches)
-    loss = accumulate_gradients(model, batches, num_targets, clock)
+    loss = accumulate_gradients(model, batches, num_targets)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     limit = float("inf") if max_grad_norm is None else max_grad_norm
     grad_norm = float(nn.utils.clip_grad_norm_(parameters, limit))
-    _require_finite(clock.step, loss, grad_norm)
+    _require_finite(model.clock.step, loss, grad_norm)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.step()
@@ -51,17 +48,11 @@ def train_step(
     return StepResult(loss, grad_norm, num_targets, sum(len(batch.input_ids) for batch in batches))
 
 
-def accumulate_gradients(
-    model: nn.Module, batches: Sequence[Batch], num_targets: float, clock: DropoutClock
-) -> float:
+def accumulate_gradients(model: PackedModule, batches: Sequence[Batch], num_targets: float) -> float:
     """Add the gradient of sum(losses) / num_targets to the parameters; returns that loss."""
-    device = next(model.parameters()).device
     loss = 0.0
     for batch in batches:
-        on_device = to_device(batch, device)
-        clock.token_numbers = on_device.token_numbers
-        logits_NV = target_logits(model, on_device)
-        part = cross_entropy_sum(logits_NV, on_device.labels, on_device.weights) / num_targets
+        part = model.loss_sum(to_device(batch, model.device)) / num_targets
         part.backward()
         loss += part.item()
     return loss

@@ -21,7 +21,7 @@ from lorasmith.errors import ConfigError
 from lorasmith.model.adapter import attach_lora
 from lorasmith.model.checkpointing import activation_checkpointing
 from lorasmith.model.dropout import DropoutClock
-from lorasmith.model.packed import packed_attention, target_logits, to_device
+from lorasmith.model.packed import packed, to_device
 
 PORTS = ("baichuan2", "baichuan2-13b", "chatglm3")
 PADDED = torch.tensor([[5, 6, 7, 8, 9], [0, 0, 9, 4, 3]])
@@ -150,9 +150,9 @@ def test_activation_checkpointing_saves_memory_and_changes_nothing(kind: str) ->
     batch = to_device(lay_out(examples(6)), torch.device("cpu"))
     results = []
     for wanted in (False, True):
-        with activation_checkpointing(model, wanted), packed_attention(model):
+        with activation_checkpointing(model, wanted), packed(model, clock) as rows:
             with kept_bytes() as kept:
-                loss = target_logits(model, batch).logsumexp(-1).sum()
+                loss = rows.logits(batch).logsumexp(-1).sum()
             loss.backward()
         gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
         model.zero_grad()

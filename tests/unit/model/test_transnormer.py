@@ -18,7 +18,7 @@ import lorasmith as ls
 from lorasmith.errors import FamilyError, SetupError
 from lorasmith.model.checkpointing import activation_checkpointing
 from lorasmith.model.load import empty_module, read_model_config
-from lorasmith.model.packed import packed_attention, takes_layout
+from lorasmith.model.packed import packed, takes_layout
 from lorasmith.model.transnormer import TransNormerConfig, layer_decays
 from lorasmith.ops.attention import LAYOUT_ATTENTION
 from lorasmith.training.estimate import count_parameters
@@ -280,11 +280,11 @@ def test_embeddings_may_be_given_and_few_logits_asked_for() -> None:
     assert torch.equal(given, whole)
 
 
-def test_within_packed_attention_a_plain_forward_pass_stays_what_it_is() -> None:
+def test_within_packed_a_plain_forward_pass_stays_what_it_is() -> None:
     module = tiny_module("transnormer")
     before = logits(module, some_ids())
     assert takes_layout(module)
-    with packed_attention(module):
+    with packed(module):
         assert module.config._attn_implementation == LAYOUT_ATTENTION, "or rows would go one by one"
         assert torch.equal(logits(module, some_ids()), before)
     assert torch.equal(logits(module, some_ids()), before)
