@@ -58,8 +58,8 @@ def takes_layout(module: nn.Module) -> bool:
     """Whether every layer goes by the Layout: plain softmax attention behind transformers'
     AttentionInterface, or our own linear attention.
 
-    Others (sliding windows, soft caps, foreign recurrent layers) run one conversation at a time, so nothing
-    leaks.
+    Others (sliding windows, soft caps, foreign recurrent layers) take rows of one conversation, so nothing
+    leaks: a Loader that is not `packed` makes them.
     """
     base = base_module(module)
     return bool(base._supports_attention_backend) and _plain_attention(base.config.get_text_config())
@@ -91,7 +91,9 @@ def packed_attention(module: nn.Module) -> Iterator[None]:
 def target_logits(module: nn.Module, batch: DeviceBatch) -> Tensor:
     """Logits (N, V) of the positions that have a label, in the order of `batch.rows`."""
     if base_module(module).config._attn_implementation != LAYOUT_ATTENTION:
-        return _one_by_one(module, batch)
+        assert len(batch.lengths) == 1, "a module that takes no Layout runs one conversation at a time"
+        alone_TV: Tensor = module(input_ids=batch.input_ids, use_cache=False).logits[0]
+        return alone_TV[batch.rows]
     logits: Tensor = module(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
@@ -100,9 +102,3 @@ def target_logits(module: nn.Module, batch: DeviceBatch) -> Tensor:
         use_cache=False,
     ).logits
     return logits[0]
-
-
-def _one_by_one(module: nn.Module, batch: DeviceBatch) -> Tensor:
-    segments = batch.input_ids[0].split(list(batch.lengths))
-    logits_TV = torch.cat([module(input_ids=ids[None], use_cache=False).logits[0] for ids in segments])
-    return logits_TV[batch.rows]
