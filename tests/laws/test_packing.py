@@ -4,11 +4,15 @@ conversation sees another."""
 from __future__ import annotations
 
 import json
+from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from modules import KINDS, examples, tiny_module
+from torch.nn import functional as F
+from transformers.models.glm.modeling_glm import GlmRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 import lorasmith as ls
 from lorasmith.data.pack import pack
@@ -19,13 +23,15 @@ from lorasmith.testing.model_laws import packed_loss, plain_loss, step_rows
 from lorasmith.training.progress import SilentReporter
 from lorasmith.types import Example
 
-ROUNDED = {"llama3", "deepseek", "baichuan2", "baichuan2-13b", "chatglm3", "qwen2", "gemma2"}
-"""Their RMSNorm is transformers': it computes in fp32 whatever the module's dtype, so a sum of gradients is
-rounded there, and another order of the sum rounds differently."""
-
 
 def tuned(kind, dropout=0.0):
-    return model_laws.tuned(tiny_module(kind), None, dropout=dropout, name=kind)
+    model, clock = model_laws.tuned(tiny_module(kind), None, dropout=dropout, name=kind)
+    for module in model.modules():
+        if isinstance(module, (LlamaRMSNorm, GlmRMSNorm, Qwen2RMSNorm)):
+            # Theirs rounds to fp32 whatever the dtype, so gradients would hang on the order of their sums.
+            shape, eps = module.weight.shape, module.variance_epsilon
+            module.forward = partial(F.rms_norm, normalized_shape=shape, weight=module.weight, eps=eps)
+    return model, clock
 
 
 def family_of_conversations():
@@ -40,24 +46,20 @@ def family_of_conversations():
 
 def assert_same(left, right, tolerance=1e-12):
     """Gradients relative to the largest of their tensor."""
-    assert left[0] == pytest.approx(right[0], abs=max(tolerance / 100, 1e-12))
+    assert left[0] == pytest.approx(right[0], abs=tolerance)
     for name, gradient in left[1].items():
         error = (gradient - right[1][name]).abs().max() / gradient.abs().max()
         assert error <= tolerance, (name, error)
-
-
-def tolerance_of(kind):
-    return 1e-6 if kind in ROUNDED else 1e-12
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_shared_is_packed_is_one_by_one(kind):
     model, clock = tuned(kind)
     rows = family_of_conversations()
-    shared, apart = step_rows(model, rows), step_rows(model, rows, share_prefixes=False)
+    shared, apart = step_rows(model, rows[::-1]), step_rows(model, rows, share_prefixes=False)
     plain = plain_loss(model, rows)
-    assert_same(packed_loss(model, clock, apart), plain, tolerance_of(kind))
-    assert_same(packed_loss(model, clock, shared), plain, tolerance_of(kind))
+    assert_same(packed_loss(model, clock, apart), plain)
+    assert_same(packed_loss(model, clock, shared), plain)
     if takes_layout(model):
         assert shared[0].layout.parents.max() > 0, "the tree has two levels"
         assert len(shared[0].input_ids) < 0.7 * len(apart[0].input_ids)
@@ -70,24 +72,14 @@ def test_cutting_a_step_into_rows_changes_nothing_with_dropout_on(kind, share_pr
     model, clock = tuned(kind, dropout=0.3)
     rows = family_of_conversations()
     whole = packed_loss(model, clock, step_rows(model, rows, share_prefixes))
-    masked = abs(whole[0] - plain_loss(model.eval(), rows)[0])
-    assert masked > 1e-3, "the masks do something"
-    model.train()
     num_rows = set()
-    for max_tokens in (80, 40, 1):
+    for max_tokens in (50, 1):
         batches = step_rows(model, rows, share_prefixes, max_tokens)
         num_rows.add(len(batches))
-        assert_same(whole, packed_loss(model, clock, batches), tolerance_of(kind))
-    assert len(num_rows) == (3 if takes_layout(model) else 1)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("share_prefixes", [False, True], ids=["apart", "shared"])
-def test_the_order_of_a_step_s_conversations_changes_nothing(kind, share_prefixes):
-    model, clock = tuned(kind)
-    rows = family_of_conversations()
-    there, back = (packed_loss(model, clock, step_rows(model, r, share_prefixes)) for r in (rows, rows[::-1]))
-    assert_same(there, back, tolerance_of(kind))
+        assert_same(whole, packed_loss(model, clock, batches))
+    assert len(num_rows) == (2 if takes_layout(model) else 1)
+    clock.step = 1
+    assert abs(whole[0] - packed_loss(model, clock, batches)[0]) > 1e-3, "the control has other masks"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -129,7 +121,7 @@ def test_held_out_loss_is_the_mean_over_all_targets(kind):
     rows, attention = family_of_conversations(), module.config._attn_implementation
     batches = step_rows(module, rows, max_tokens=60)
     assert len(batches) > 1
-    assert held_out_loss(module, batches) == pytest.approx(plain_loss(module, rows)[0], abs=1e-8)
+    assert held_out_loss(module, batches) == pytest.approx(plain_loss(module, rows)[0], abs=1e-10)
     assert module.config._attn_implementation == attention, "the module generates as before"
 
 
@@ -144,7 +136,7 @@ def test_a_module_that_takes_no_layout_is_never_given_two_conversations():
         target_logits(module, to_device(together, torch.device("cpu")))
 
 
-@pytest.mark.parametrize("kind", ["llama3", "transnormer", "gemma2"])
+@pytest.mark.parametrize("kind", ["llama3", "gemma2"])
 def test_a_run_s_losses_do_not_depend_on_sharing_or_on_cuts(tmp_path, kind):
     """Through the front door, without dropout, where sharing may change nothing at all."""
 
@@ -161,6 +153,6 @@ def test_a_run_s_losses_do_not_depend_on_sharing_or_on_cuts(tmp_path, kind):
         lines = (run.output_dir / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line)["loss"] for line in lines]
 
-    curves = [losses("shared"), losses("apart", share_prefixes=False), losses("cut", max_tokens=30)]
-    for curve in curves[1:]:
-        np.testing.assert_allclose(curve, curves[0], rtol=0, atol=1e-5)
+    curve = losses("shared")
+    for other in (losses("apart", share_prefixes=False), losses("cut", max_tokens=30)):
+        assert other == pytest.approx(curve, abs=1e-5)

@@ -100,7 +100,7 @@ class Loader:
         """The conversations of global step n, in their order."""
         epoch, step = divmod(n, self.steps_per_epoch)
         indices = self._order(epoch)[step * self.batch_size : (step + 1) * self.batch_size]
-        return tuple(self._examples[index] for index in indices)
+        return tuple(self._examples[index] for index in indices.tolist())
 
     def origins(self, n: int) -> tuple[str, ...]:
         """Where the conversations of step n came from."""
