@@ -81,6 +81,7 @@ def plan(config: RunConfig) -> Plan:
         num_held_out=len(prepared.data.held_out),
         tokens_per_epoch=loader.num_tokens,
         targets_per_epoch=loader.num_targets,
+        saved_by_sharing=1 - sum(len(row.input_ids) for row in rows) / sum(row.num_tokens for row in rows),
         total_steps=total_steps(loader, config.train),
         parameters=parameters,
         memory=memory,

@@ -108,7 +108,7 @@ class Loader:
 
     def step(self, n: int) -> tuple[Batch, ...]:
         """The flat rows of global step n, each of at most `max_tokens` where its conversations allow."""
-        if not self.packed:
+        if not self.packed:  # no room for a second one
             return pack(self.examples(n), 0, share_prefixes=False)
         return pack(self.examples(n), self.max_tokens, share_prefixes=self.share_prefixes)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorasmith.config import LoraConfig
-from lorasmith.data.pack import pack
+from lorasmith.data.loader import Loader
 from lorasmith.model.adapter import attach_lora, trainable_parameters
 from lorasmith.model.dropout import DropoutClock
 from lorasmith.model.load import load_base, read_model_config
@@ -107,10 +107,17 @@ def tuned(
 def step_rows(
     module: nn.Module, rows: Sequence[Example], share_prefixes: bool = True, max_tokens: int = 10**6
 ) -> tuple[Batch, ...]:
-    """The conversations of a step as a Loader lays them out for this module."""
-    if takes_layout(module):
-        return pack(rows, max_tokens, share_prefixes=share_prefixes)
-    return pack(rows, 0, share_prefixes=False)
+    """The conversations of one step as training lays them out for this module."""
+    loader = Loader(
+        rows,
+        batch_size=len(rows),
+        max_tokens=max_tokens,
+        seed=0,
+        shuffle=False,
+        share_prefixes=share_prefixes,
+        packed=takes_layout(module),
+    )
+    return loader.step(0)
 
 
 def packed_loss(model: nn.Module, clock: DropoutClock, batches: Sequence[Batch]) -> LossAndGradients:
