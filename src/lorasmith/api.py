@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from lorasmith.config import (
     validate,
 )
 from lorasmith.errors import DataError
-from lorasmith.types import Batch, Completion, Example, Message
+from lorasmith.types import Completion, Example, Message
 
 if TYPE_CHECKING:
     import peft
@@ -170,9 +171,10 @@ def train(
     model cannot take; DivergedError; StorageError.
     """
     from lorasmith.data.dataset import Dataset, fingerprint
-    from lorasmith.data.loader import training_loader
+    from lorasmith.data.loader import evaluation_loader, training_loader
     from lorasmith.evaluation.loss import mean_loss
     from lorasmith.model.model import Model
+    from lorasmith.model.packed import takes_layout
     from lorasmith.training.progress import default_reporter
     from lorasmith.training.session import Session
     from lorasmith.training.storage import Storage
@@ -184,21 +186,23 @@ def train(
     rows = _lasting(data.config) if isinstance(data, Dataset) else DataConfig()
     config = RunConfig(model=tuned.config if tuned else ModelConfig(), data=rows, lora=lora, train=train)
     module = model.module if isinstance(model, Model) else model
+    packed = takes_layout(module)
     session = Session(
         module,
-        training_loader(examples, train),
+        training_loader(examples, train, packed=packed),
         config,
         family_targets=tuned.family.target_modules if tuned else None,
         chat=_chat_settings(tuned, rows.system) if tuned else None,
         data_fingerprint=fingerprint(examples),
-        largest_id=max(int(example.input_ids.max()) for example in [*examples, *held_out]),
+        largest_id=max(int(example.input_ids.max()) for example in chain(examples, held_out)),
         held_out=bool(held_out),
         resume=resume,
         reporter=reporter or default_reporter(),
         storage=storage or Storage(),
     )
-    batches = _one_pass(held_out, train.max_tokens)
-    result = session.run((lambda rows: mean_loss(rows, batches)) if batches else None)
+    how_packed = {"share_prefixes": train.share_prefixes, "packed": packed}
+    kept_out = evaluation_loader(held_out, train.max_tokens, **how_packed) if held_out else None
+    result = session.run((lambda rows: mean_loss(rows, kept_out.epoch())) if kept_out else None)
     if tuned:
         tuned.module, tuned.system = session.model, rows.system
     how_it_ended = asdict(result)
@@ -228,23 +232,15 @@ def generate(
 
 def evaluate(model: Model, data: Dataset | Sequence[Example], *, max_tokens: int = 4096) -> Evaluation:
     """Loss and perplexity over rows: a data set's held-out rows where it has some, else all of them."""
+    from lorasmith.data.loader import evaluation_loader
     from lorasmith.evaluation.loss import held_out_loss
+    from lorasmith.model.packed import takes_layout
 
     examples, held_out = _examples_of(data)
-    batches = _one_pass(held_out or examples, max_tokens)
+    loader = evaluation_loader(held_out or examples, max_tokens, packed=takes_layout(model.module))
     model.module.eval()
-    loss = held_out_loss(model.module, batches)
-    return Evaluation(loss, math.exp(loss), int(sum(batch.num_targets for batch in batches)))
-
-
-def _one_pass(examples: Sequence[Example], max_tokens: int) -> tuple[Batch, ...]:
-    """All examples in their order, as flat rows."""
-    from lorasmith.data.loader import Loader
-
-    if not examples:
-        return ()
-    everything = Loader(examples, batch_size=len(examples), max_tokens=max_tokens, seed=0, shuffle=False)
-    return everything.step(0)
+    loss = held_out_loss(model.module, loader.epoch())
+    return Evaluation(loss, math.exp(loss), loader.num_targets)
 
 
 def _examples_of(data: Dataset | Sequence[Example]) -> tuple[Sequence[Example], Sequence[Example]]:

@@ -116,6 +116,9 @@ class TrainConfig(Section):
     max_tokens: PositiveInt = Field(
         4096, description="Tokens per forward pass: memory only, never the result."
     )
+    share_prefixes: bool = Field(
+        True, description="Compute what conversations of a step have in common once; false: for each."
+    )
     learning_rate: Annotated[float, Field(ge=0)] = Field(1e-4, description="Peak learning rate.")
     num_epochs: PositiveInt = Field(3, description="Passes over the rows.")
     max_steps: PositiveInt | None = Field(None, description="Stop after this many optimizer steps.")

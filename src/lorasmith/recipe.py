@@ -54,16 +54,18 @@ def plan(config: RunConfig) -> Plan:
     """What `run` would do and need: reads the data, config.json and the tokenizer, never the weights."""
     from lorasmith.data.loader import training_loader
     from lorasmith.model.dtype import DTYPE_NAMES, resolve_device, resolve_dtype
-    from lorasmith.model.load import hidden_size
+    from lorasmith.model.load import empty_module, hidden_size
+    from lorasmith.model.packed import takes_layout
     from lorasmith.model.plugin_classes import family_config
     from lorasmith.training.estimate import Plan, estimate_memory
     from lorasmith.training.loop import total_steps
 
     prepared = _prepare(config, rejects_path=None)
     parameters = _count_parameters(prepared, config.lora)
-    loader = training_loader(prepared.data.examples, config.train)
-    rows = [batch for n in range(min(50, loader.steps_per_epoch)) for batch in loader.step(n)]
     model_config = family_config(prepared.directory, prepared.family)
+    packed = takes_layout(empty_module(model_config))
+    loader = training_loader(prepared.data.examples, config.train, packed=packed)
+    rows = [batch for n in range(min(50, loader.steps_per_epoch)) for batch in loader.step(n)]
     dtype = resolve_dtype(config.model.dtype, resolve_device(config.model.device), hidden_size(model_config))
     memory = estimate_memory(
         model_config,
@@ -79,6 +81,7 @@ def plan(config: RunConfig) -> Plan:
         num_held_out=len(prepared.data.held_out),
         tokens_per_epoch=loader.num_tokens,
         targets_per_epoch=loader.num_targets,
+        saved_by_sharing=1 - sum(len(row.input_ids) for row in rows) / sum(row.num_tokens for row in rows),
         total_steps=total_steps(loader, config.train),
         parameters=parameters,
         memory=memory,

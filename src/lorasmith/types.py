@@ -84,8 +84,9 @@ class Example:
 class Layout:
     """Which tokens of a flat row may see which.
 
-    Segment s is tokens starts[s]:starts[s+1]; it continues segment parents[s], or none (-1). A token sees
-    itself, the tokens before it in its segment, and every token of the segments that it continues.
+    Segment s is tokens starts[s]:starts[s+1]; it continues segment parents[s], which stands before it, or
+    none (-1). A token sees itself, the tokens before it in its segment, and every token of the segments that
+    it continues. A conversation ends in a segment that none continues; equal conversations end in one.
     """
 
     starts: Ints  # (S+1,)
@@ -99,17 +100,23 @@ class Layout:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One flat row of conversations laid end to end, without padding."""
+    """One flat row of conversations laid end to end, without padding; what they have in common may stand
+    once."""
 
     input_ids: Ints  # (T,)
     labels: Ints  # (T,)
-    weights: Floats  # (T,) how many conversations own the token's loss
+    weights: Floats  # (T,) how many conversations of this row own the token, and its loss
     layout: Layout
     token_numbers: Ints  # (T,) the token's number in its step, however the step is cut: keys dropout masks
 
     @property
     def num_targets(self) -> float:
-        return float(self.weights[self.labels != IGNORE_INDEX].sum())
+        return float(self.weights[self.labels != IGNORE_INDEX].sum(dtype=np.float64))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of its conversations, a shared one counted for each; what is computed is (T,)."""
+        return int(self.weights.sum(dtype=np.float64))
 
 
 @dataclass(frozen=True, slots=True)

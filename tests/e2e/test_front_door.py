@@ -183,6 +183,7 @@ def test_train_and_chat_on_the_command_line(tmp_path, base, rows):
     assert f"lorasmith chat {run}" in told.output
     plan = CliRunner().invoke(app, ["train", *flags, "--dry-run", "--json"])
     assert json.loads(plan.output)["total_steps"] == 4
+    assert json.loads(plan.output)["saved_by_sharing"] > 0.05, "the head of the template is shared"
     again = CliRunner().invoke(app, ["train", "--output-dir", run, "--resume", "--json"])
     assert json.loads(again.output.splitlines()[-1])["step"] == 4, "a resume needs its directory only"
     answer = CliRunner().invoke(app, ["chat", run, "--prompt", "Who?", "--greedy", "--max-new-tokens", "5"])

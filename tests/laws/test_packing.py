@@ -3,111 +3,156 @@ conversation sees another."""
 
 from __future__ import annotations
 
-import numpy as np
+import json
+from functools import partial
+
 import pytest
 import torch
 from modules import KINDS, examples, tiny_module
+from torch.nn import functional as F
+from transformers.models.glm.modeling_glm import GlmRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
-from lorasmith.data.pack import lay_out, pack_rows
+import lorasmith as ls
+from lorasmith.data.pack import pack
 from lorasmith.evaluation.loss import held_out_loss
 from lorasmith.model.packed import packed, takes_layout, to_device
 from lorasmith.testing import model_laws
-from lorasmith.testing.model_laws import packed_loss, plain_loss
-from lorasmith.types import Batch, Example, Layout
+from lorasmith.testing.model_laws import packed_loss, plain_loss, step_rows
+from lorasmith.training.progress import SilentReporter
+from lorasmith.types import Example
 
 
 def tuned(kind, dropout=0.0):
-    return model_laws.tuned(tiny_module(kind), None, dropout=dropout, name=kind)
+    model, clock = model_laws.tuned(tiny_module(kind), None, dropout=dropout, name=kind)
+    for module in model.modules():
+        if isinstance(module, (LlamaRMSNorm, GlmRMSNorm, Qwen2RMSNorm)):
+            # Theirs rounds to fp32 whatever the dtype, so gradients would hang on the order of their sums.
+            shape, eps = module.weight.shape, module.variance_epsilon
+            module.forward = partial(F.rms_norm, normalized_shape=shape, weight=module.weight, eps=eps)
+    return model, clock
 
 
-def assert_same(left, right, tolerance=1e-10):
+def family_of_conversations():
+    """Two heads with a common start, an exact duplicate, and the beginning of another as one of its own."""
+    rows, others = examples(4, prefix=12), examples(4, seed=1, prefix=12)
+    for row in others:
+        row.input_ids[:6], row.labels[:6] = rows[0].input_ids[:6], rows[0].labels[:6]
+    longest = max(rows, key=len)
+    beginning = Example(longest.input_ids[:-1], longest.labels[:-1])
+    return [rows[0], others[0], *others[1:], *rows, beginning]
+
+
+def assert_same(left, right, tolerance=1e-12):
     """Gradients relative to the largest of their tensor."""
-    assert left[0] == pytest.approx(right[0], abs=1e-10)
+    assert left[0] == pytest.approx(right[0], abs=tolerance)
     for name, gradient in left[1].items():
         error = (gradient - right[1][name]).abs().max() / gradient.abs().max()
         assert error <= tolerance, (name, error)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_packed_row_is_its_conversations_one_by_one(kind):
+def test_shared_is_packed_is_one_by_one(kind):
     model, clock = tuned(kind)
-    rows = examples()
-    assert_same(packed_loss(model, clock, [lay_out(rows)]), plain_loss(model, rows))
+    rows = family_of_conversations()
+    shared, apart = step_rows(model, rows[::-1]), step_rows(model, rows, share_prefixes=False)
+    plain = plain_loss(model, rows)
+    assert_same(packed_loss(model, clock, apart), plain)
+    assert_same(packed_loss(model, clock, shared), plain)
+    if takes_layout(model):
+        assert shared[0].layout.parents.max() > 0, "the tree has two levels"
+        assert len(shared[0].input_ids) < 0.7 * len(apart[0].input_ids)
+        assert shared[0].weights.max() == len(rows)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_cutting_a_step_into_rows_changes_nothing(kind, dropout):
-    if dropout and not takes_layout(tiny_module(kind)):
-        pytest.skip("one conversation at a time: masks follow the conversation, not the row")
-    model, clock = tuned(kind, dropout)
-    rows = examples(8)
-    whole = packed_loss(model, clock, [lay_out(rows)])
-    batches, laid_out = [], 0
-    for indices in pack_rows([len(row) for row in rows], 30):
-        batches.append(lay_out([rows[i] for i in indices], laid_out))
-        laid_out += len(batches[-1].input_ids)
-    assert len(batches) > 2
-    assert_same(whole, packed_loss(model, clock, batches))
-
-
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "gemma2"])
-def test_a_shared_prefix_is_computed_once_and_nothing_changes(kind):
-    model, clock = tuned(kind)
-    rows = examples(5, prefix=6)
-    rows = [
-        Example(
-            r.input_ids,
-            np.where(np.arange(len(r)) < 6, rows[0].labels[:6].tolist() + [0] * (len(r) - 6), r.labels),
-        )
-        for r in rows
-    ]
-    apart = packed_loss(model, clock, [lay_out(rows)])
-    # transformers' RMSNorm computes in fp32 whatever the module's dtype, so sums of gradients round there
-    assert_same(apart, packed_loss(model, clock, [shared_prefix(rows, 6)]), tolerance=1e-6)
-
-
-def shared_prefix(rows, length):
-    """One parent segment that all rows continue; its losses count once for each of them."""
-    tails = [np.arange(length, len(row)) for row in rows]
-    lengths = [length, *(len(tail) for tail in tails)]
-    return Batch(
-        input_ids=np.concatenate([rows[0].input_ids[:length], *(r.input_ids[length:] for r in rows)]),
-        labels=np.concatenate([rows[0].labels[:length], *(r.labels[length:] for r in rows)]),
-        weights=np.repeat([len(rows), *([1] * len(rows))], lengths).astype(np.float32),
-        layout=Layout(
-            starts=np.concatenate([[0], np.cumsum(lengths)]),
-            parents=np.array([-1, *([0] * len(rows))]),
-            position_ids=np.concatenate([np.arange(length), *tails]),
-        ),
-        token_numbers=np.arange(sum(lengths)),
-    )
+@pytest.mark.parametrize("share_prefixes", [False, True], ids=["apart", "shared"])
+def test_cutting_a_step_into_rows_changes_nothing_with_dropout_on(kind, share_prefixes):
+    model, clock = tuned(kind, dropout=0.3)
+    rows = family_of_conversations()
+    whole = packed_loss(model, clock, step_rows(model, rows, share_prefixes))
+    num_rows = set()
+    for max_tokens in (50, 1):
+        batches = step_rows(model, rows, share_prefixes, max_tokens)
+        num_rows.add(len(batches))
+        assert_same(whole, packed_loss(model, clock, batches))
+    assert len(num_rows) == (2 if takes_layout(model) else 1)
+    clock.step = 1
+    assert abs(whole[0] - packed_loss(model, clock, batches)[0]) > 1e-3, "the control has other masks"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_token_moves_when_another_conversation_in_the_row_changes(kind):
+@pytest.mark.parametrize("share_prefixes", [False, True], ids=["apart", "shared"])
+def test_no_token_moves_when_another_conversation_in_the_row_changes(kind, share_prefixes):
     module = tiny_module(kind)
-    rows, others = examples(4), examples(4, seed=1)
-    size = len(rows[1])
-    changed = [others[0], rows[1], others[2], others[3]]
-    with torch.no_grad(), packed(module) as packed_module:
-        before, after = (
-            packed_module.logits(to_device(lay_out(r), torch.device("cpu"))) for r in (rows, changed)
-        )
-    own = [(r[0].num_targets, r[0].num_targets + r[1].num_targets) for r in (rows, changed)]
-    assert size > 0
-    torch.testing.assert_close(before[slice(*own[0])], after[slice(*own[1])], atol=1e-12, rtol=0)
-    assert not torch.allclose(before[: own[0][0]][:1], after[: own[1][0]][:1]), "the control did not change"
+    rows = examples(4, prefix=12)
+    changed = [*rows[:2], *(Example(r.input_ids.copy(), r.labels) for r in rows[2:])]
+    for row in changed[2:]:
+        row.input_ids[12:] = (row.input_ids[12:] + 1) % 90
+    before, after = (logits_by_number(module, step, share_prefixes) for step in (rows, changed))
+    own = {tuple(row.input_ids) for row in rows[:2]}
+    assert own < set(before)
+    for ids in own:
+        torch.testing.assert_close(before[ids], after[ids], atol=1e-12, rtol=0)
+    assert set(before) != set(after), "the control did not change"
+
+
+def logits_by_number(module, rows, share_prefixes):
+    """The logits of each conversation's last label, by its ids."""
+    found = {}
+    with torch.no_grad(), packed(module) as rows_module:
+        for batch in step_rows(module, rows, share_prefixes):
+            on_device = to_device(batch, torch.device("cpu"))
+            logits = dict(zip(on_device.rows.tolist(), rows_module.logits(on_device), strict=True))
+            layout = batch.layout
+            for segment in set(range(len(layout.parents))) - set(layout.parents.tolist()):
+                ids, above = [], segment
+                while above >= 0:
+                    ids = [*batch.input_ids[layout.starts[above] : layout.starts[above + 1]], *ids]
+                    above = layout.parents[above]
+                found[tuple(ids)] = logits[layout.starts[segment + 1] - 1]
+    return found
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_held_out_loss_is_the_mean_over_all_targets(kind):
     module = tiny_module(kind)
-    rows, attention = examples(7), module.config._attn_implementation
-    batches = [lay_out(rows[:2]), lay_out(rows[2:])]
+    rows, attention = family_of_conversations(), module.config._attn_implementation
+    batches = step_rows(module, rows, max_tokens=60)
+    assert len(batches) > 1
     assert held_out_loss(module, batches) == pytest.approx(plain_loss(module, rows)[0], abs=1e-10)
     assert module.config._attn_implementation == attention, "the module generates as before"
 
 
 def test_gemma2_does_not_take_a_layout():
     assert [takes_layout(tiny_module(kind)) for kind in KINDS] == [kind != "gemma2" for kind in KINDS]
+
+
+def test_a_module_that_takes_no_layout_is_never_given_two_conversations():
+    module = tiny_module("gemma2")
+    [together] = pack(examples(2), 100, share_prefixes=False)
+    with pytest.raises(AssertionError, match="one conversation at a time"):
+        target_logits(module, to_device(together, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("kind", ["llama3", "gemma2"])
+def test_a_run_s_losses_do_not_depend_on_sharing_or_on_cuts(tmp_path, kind):
+    """Through the front door, without dropout, where sharing may change nothing at all."""
+
+    def losses(name, **train):
+        config = ls.TrainConfig(num_epochs=2, batch_size=5, logging_steps=1, learning_rate=1e-2, **train)
+        run = ls.train(
+            tiny_module(kind, torch.float64),
+            family_of_conversations(),
+            output_dir=tmp_path / name,
+            lora=ls.LoraConfig(r=4, lora_dropout=0.0),
+            train=config,
+            reporter=SilentReporter(),
+        )
+        lines = (run.output_dir / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)["loss"] for line in lines]
+
+    curve = losses("shared")
+    for other in (losses("apart", share_prefixes=False), losses("cut", max_tokens=30)):
+        assert other == pytest.approx(curve, abs=1e-5)

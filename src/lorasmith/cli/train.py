@@ -75,7 +75,8 @@ def describe_plan(recipe: RunConfig, plan: Plan) -> str:
             f"model       {recipe.model.path} (family {plan.family}, {plan.dtype})",
             f"data        {plan.num_examples:,} rows, {plan.tokens_per_epoch:,} tokens an epoch, "
             f"{plan.targets_per_epoch:,} of them trained; {plan.num_held_out:,} rows held out",
-            f"steps       {plan.total_steps:,} of {recipe.train.batch_size} conversations",
+            f"steps       {plan.total_steps:,} of {recipe.train.batch_size} conversations; "
+            f"shared prefixes save {plan.saved_by_sharing:.1%} of their tokens",
             f"parameters  {parameters.trainable:,} of {parameters.total:,} train "
             f"({parameters.trainable / parameters.total:.4%})",
             f"memory      about {memory.total / 1e9:.1f} GB: weights {memory.weights / 1e9:.1f}, "

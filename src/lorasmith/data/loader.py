@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
 
 from lorasmith.config import TrainConfig
-from lorasmith.data.pack import lay_out, pack_rows
+from lorasmith.data.pack import pack
 from lorasmith.errors import DataError
 from lorasmith.types import Batch, Example, Ints
 
+_PLANNED_TOGETHER = 256
+"""Conversations of an evaluation: enough to fill rows, few enough to hold."""
 
-def training_loader(examples: Sequence[Example], config: TrainConfig) -> Loader:
+
+def training_loader(examples: Sequence[Example], config: TrainConfig, *, packed: bool) -> Loader:
     """The steps of a training run, from its own settings."""
     return Loader(
         examples,
@@ -21,25 +24,54 @@ def training_loader(examples: Sequence[Example], config: TrainConfig) -> Loader:
         max_tokens=config.max_tokens,
         seed=config.seed,
         shuffle=config.shuffle,
+        share_prefixes=config.share_prefixes,
+        packed=packed,
+    )
+
+
+def evaluation_loader(
+    examples: Sequence[Example], max_tokens: int, *, share_prefixes: bool = True, packed: bool
+) -> Loader:
+    """All examples in their order, some hundreds planned at a time."""
+    return Loader(
+        examples,
+        batch_size=_PLANNED_TOGETHER,
+        max_tokens=max_tokens,
+        seed=0,
+        shuffle=False,
+        share_prefixes=share_prefixes,
+        packed=packed,
     )
 
 
 class Loader:
     """Batches by the number of their optimizer step; there is no state that a resume would have to restore.
 
-    An epoch visits every example once, `batch_size` of them per step; its last step may have fewer.
+    An epoch visits every example once, `batch_size` of them per step; its last step may have fewer. How a
+    step is cut into rows changes neither its conversations nor its loss. `share_prefixes`: what
+    conversations have in common stands once per row, which changes dropout's masks only. Not `packed`: each
+    conversation has a row of its own, for models whose attention does not go by a Layout.
 
-    Raises: DataError if there are no examples.
+    Examples are read by index, a step's at a time. Raises: DataError if there are none.
     """
 
     def __init__(
-        self, examples: Sequence[Example], *, batch_size: int, max_tokens: int, seed: int, shuffle: bool
+        self,
+        examples: Sequence[Example],
+        *,
+        batch_size: int,
+        max_tokens: int,
+        seed: int,
+        shuffle: bool,
+        share_prefixes: bool = True,
+        packed: bool = True,
     ) -> None:
-        if not examples:
+        if not len(examples):
             raise DataError("there are no rows to train on", fix="lorasmith data check says where they went")
         self.batch_size, self.max_tokens = batch_size, max_tokens
         self.seed, self.shuffle = seed, shuffle
-        self._examples = tuple(examples)
+        self.share_prefixes, self.packed = share_prefixes, packed
+        self._examples = examples
         self._order = lru_cache(maxsize=2)(self._order_of_epoch)
 
     @property
@@ -68,7 +100,7 @@ class Loader:
         """The conversations of global step n, in their order."""
         epoch, step = divmod(n, self.steps_per_epoch)
         indices = self._order(epoch)[step * self.batch_size : (step + 1) * self.batch_size]
-        return tuple(self._examples[index] for index in indices)
+        return tuple(self._examples[index] for index in indices.tolist())
 
     def origins(self, n: int) -> tuple[str, ...]:
         """Where the conversations of step n came from."""
@@ -76,13 +108,14 @@ class Loader:
 
     def step(self, n: int) -> tuple[Batch, ...]:
         """The flat rows of global step n, each of at most `max_tokens` where its conversations allow."""
-        examples = self.examples(n)
-        batches: list[Batch] = []
-        laid_out = 0
-        for row in pack_rows([len(example) for example in examples], self.max_tokens):
-            batches.append(lay_out([examples[index] for index in row], laid_out))
-            laid_out += len(batches[-1].input_ids)
-        return tuple(batches)
+        if not self.packed:  # no room for a second one
+            return pack(self.examples(n), 0, share_prefixes=False)
+        return pack(self.examples(n), self.max_tokens, share_prefixes=self.share_prefixes)
+
+    def epoch(self, number: int = 0) -> Iterator[Batch]:
+        """The rows of all steps of an epoch, each planned when it is asked for."""
+        for n in range(number * self.steps_per_epoch, (number + 1) * self.steps_per_epoch):
+            yield from self.step(n)
 
     def _order_of_epoch(self, epoch: int) -> Ints:
         if not self.shuffle:

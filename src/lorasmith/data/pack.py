@@ -1,4 +1,7 @@
-"""Examples -> flat rows without padding."""
+"""Examples -> flat rows without padding, each common prefix once per row.
+
+Shapes: C = conversations, D = distinct conversations, N = nodes of the step's prefix tree, T = tokens.
+"""
 
 from __future__ import annotations
 
@@ -6,39 +9,90 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lorasmith.types import Batch, Example, Layout
+from lorasmith.data.prefix_tree import PrefixTree, prefix_tree, separate
+from lorasmith.types import Batch, Example, Floats, Ints, Layout
 
 
-def pack_rows(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices of the conversations of each row: in their order, a new row where `max_tokens` would be passed.
+def pack(examples: Sequence[Example], max_tokens: int, *, share_prefixes: bool) -> tuple[Batch, ...]:
+    """The conversations of a step as flat rows of at most `max_tokens`; a longer one has a row of its own.
 
-    A conversation longer than `max_tokens` has a row of its own. Order is kept, so that a step's token keeps
-    its number however the step is cut into rows.
+    Tokens are numbered in the step's tree, before it is cut: a prefix that two rows repeat has the same
+    numbers in both.
     """
+    tree = prefix_tree(examples) if share_prefixes else separate(examples)
+    step = _whole(examples, tree)
+    return tuple(_cut(step, tree, row) for row in pack_rows(tree, max_tokens))
+
+
+def lay_out(examples: Sequence[Example]) -> Batch:
+    """One flat row (T,) in which nothing is shared: each conversation is a segment that continues none."""
+    [row] = pack(examples, sum(len(example) for example in examples), share_prefixes=False)
+    return row
+
+
+def pack_rows(tree: PrefixTree, max_tokens: int) -> list[list[int]]:
+    """The distinct conversations of each row, by best fit, the longest first.
+
+    A conversation goes where it adds the fewest tokens, so those that share stay together; then where the
+    least room is left. It opens a row only where no other has room: no two rows would fit into one.
+    """
+    lengths, leaves = tree.lengths, tree.leaves
+    if lengths.sum() <= max_tokens:
+        return [list(range(len(leaves)))]
     rows: list[list[int]] = []
-    room = 0
-    for index, length in enumerate(lengths):
-        if not rows or length > room:
+    room_R = np.full(len(leaves), max_tokens)
+    missing_RN = np.ones((len(leaves), len(lengths)), dtype=bool)
+    for number in np.argsort(-tree.ends[leaves], kind="stable").tolist():
+        path = tree.path(leaves[number])
+        added_R = missing_RN[: len(rows) + 1, path] @ lengths[path]
+        left_R = room_R[: len(rows) + 1] - added_R
+        fits = np.flatnonzero(left_R[:-1] >= 0)
+        row = int(fits[np.lexsort((left_R[fits], added_R[fits]))[0]]) if len(fits) else len(rows)
+        if row == len(rows):
             rows.append([])
-            room = max_tokens
-        rows[-1].append(index)
-        room -= length
-    return rows
+        rows[row].append(number)
+        room_R[row] = left_R[row]
+        missing_RN[row, path] = False
+    return sorted(sorted(row) for row in rows)
 
 
-def lay_out(examples: Sequence[Example], first_number: int = 0) -> Batch:
-    """One flat row (T,): each conversation is a segment that continues none, with positions from 0, and the
-    tokens are numbered from `first_number`."""
-    lengths = [len(example) for example in examples]
-    layout = Layout(
-        starts=np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))),
-        parents=np.full(len(examples), -1, dtype=np.int64),
-        position_ids=np.concatenate([np.arange(length, dtype=np.int64) for length in lengths]),
+def _whole(examples: Sequence[Example], tree: PrefixTree) -> tuple[Ints, Ints, Ints]:
+    """input_ids, labels and position_ids (T,) of the tree's nodes, laid end to end."""
+    pieces = [
+        (examples[source], slice(begin, end))
+        for source, begin, end in zip(
+            tree.sources[tree.firsts].tolist(), tree.begins.tolist(), tree.ends.tolist(), strict=True
+        )
+    ]
+    before_N = np.cumsum(tree.lengths) - tree.lengths
+    return (
+        np.concatenate([example.input_ids[piece] for example, piece in pieces]),
+        np.concatenate([example.labels[piece] for example, piece in pieces]),
+        np.arange(tree.lengths.sum()) - np.repeat(before_N - tree.begins, tree.lengths),
     )
-    return Batch(
-        input_ids=np.concatenate([example.input_ids for example in examples]),
-        labels=np.concatenate([example.labels for example in examples]),
-        weights=np.ones(sum(lengths), dtype=np.float32),
-        layout=layout,
-        token_numbers=np.arange(first_number, first_number + sum(lengths)),
-    )
+
+
+def _cut(step: tuple[Ints, Ints, Ints], tree: PrefixTree, row: list[int]) -> Batch:
+    """The row of these distinct conversations: the nodes above them, in the tree's order."""
+    count_D = np.zeros_like(tree.counts)
+    count_D[row] = tree.counts[row]
+    up_to = np.concatenate(([0], np.cumsum(count_D)))
+    below_N = up_to[tree.stops] - up_to[tree.firsts]
+    numbers_T = np.flatnonzero(np.repeat(below_N > 0, tree.lengths))
+    weights_T: Floats = np.repeat(below_N, tree.lengths)[numbers_T].astype(np.float32)
+    input_ids, labels, position_ids = (whole[numbers_T] for whole in step)
+    starts, parents = _segments(tree, np.flatnonzero(below_N))
+    return Batch(input_ids, labels, weights_T, Layout(starts, parents, position_ids), numbers_T)
+
+
+def _segments(tree: PrefixTree, nodes: Ints) -> tuple[Ints, Ints]:
+    """Starts and parents of a row's segments. The only child of a node in this row, which stands right behind
+    it, goes on with its segment."""
+    parents = tree.parents[nodes]
+    children = np.bincount(parents + 1, minlength=len(tree.parents) + 1)
+    opens = (parents < 0) | (children[parents + 1] > 1)
+    segment_of = np.full(len(tree.parents) + 1, -1)  # the last for parent -1
+    segment_of[nodes] = np.cumsum(opens) - 1
+    lengths = tree.lengths[nodes]
+    starts = (np.cumsum(lengths) - lengths)[opens]
+    return np.append(starts, lengths.sum()), segment_of[parents[opens]]

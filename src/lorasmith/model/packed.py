@@ -64,8 +64,8 @@ def takes_layout(module: nn.Module) -> bool:
     """Whether every layer goes by the Layout: plain softmax attention behind transformers'
     AttentionInterface, or our own linear attention.
 
-    Others (sliding windows, soft caps, foreign recurrent layers) run one conversation at a time, so nothing
-    leaks.
+    Others (sliding windows, soft caps, foreign recurrent layers) take rows of one conversation, so nothing
+    leaks: a Loader that is not `packed` makes them.
     """
     base = base_module(module)
     return bool(base._supports_attention_backend) and _plain_attention(base.config.get_text_config())

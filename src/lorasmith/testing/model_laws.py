@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorasmith.config import LoraConfig
-from lorasmith.data.pack import lay_out
+from lorasmith.data.loader import Loader
 from lorasmith.model.adapter import attach_lora, trainable_parameters
 from lorasmith.model.dropout import DropoutClock
 from lorasmith.model.load import load_base, read_model_config
-from lorasmith.model.packed import packed, to_device
+from lorasmith.model.packed import packed, takes_layout, to_device
 from lorasmith.testing.law import require
 from lorasmith.testing.texts import random_examples
 from lorasmith.training.step import accumulate_gradients
@@ -33,11 +33,12 @@ _CPU = torch.device("cpu")
 
 
 def packed_is_one_by_one(make: Make, targets: Targets) -> None:
-    """Laws 1 and 2: conversations in one row give the loss and the LoRA gradients that they give alone."""
+    """Laws 1 and 2: conversations in one row, their common beginning shared, give the loss and the LoRA
+    gradients that they give alone."""
     law = "a packed row is its conversations one by one"
     model, clock = tuned(make(), targets)
-    rows = random_examples(_vocab_size(make()))
-    packed, apart = packed_loss(model, clock, [lay_out(rows)]), plain_loss(model, rows)
+    rows = random_examples(_vocab_size(make()), prefix=8)
+    packed, apart = packed_loss(model, clock, step_rows(model, rows)), plain_loss(model, rows)
     require(abs(packed[0] - apart[0]) < 1e-9, law, f"the loss is {packed[0]}, one by one {apart[0]}")
     for name, gradient in packed[1].items():
         error = float((gradient - apart[1][name]).abs().max() / (apart[1][name].abs().max() + 1e-12))
@@ -49,9 +50,10 @@ def nothing_leaks(make: Make, targets: Targets) -> None:
     law = "no conversation sees another"
     module = make()
     rows, others = (random_examples(_vocab_size(module), 3, seed=seed) for seed in (0, 1))
-    with torch.no_grad(), packed(module) as packed_module:
+    with torch.no_grad(), packed(module) as rows_module:
         before, after = (
-            packed_module.logits(to_device(lay_out([other, rows[1]]), _CPU)) for other in (rows[0], others[0])
+            torch.cat([rows_module.logits(to_device(row, _CPU)) for row in step_rows(module, pair, False)])
+            for pair in ([rows[0], rows[1]], [others[0], rows[1]])
         )
     count = rows[1].num_targets
     moved = float((before[-count:] - after[-count:]).abs().max())
@@ -100,6 +102,22 @@ def tuned(
     config = LoraConfig(r=4, lora_dropout=dropout, init_lora_weights=False)
     model = attach_lora(module, config, family_targets=targets, base_name=name, clock=clock)
     return model.double().train(), clock
+
+
+def step_rows(
+    module: nn.Module, rows: Sequence[Example], share_prefixes: bool = True, max_tokens: int = 10**6
+) -> tuple[Batch, ...]:
+    """The conversations of one step as training lays them out for this module."""
+    loader = Loader(
+        rows,
+        batch_size=len(rows),
+        max_tokens=max_tokens,
+        seed=0,
+        shuffle=False,
+        share_prefixes=share_prefixes,
+        packed=takes_layout(module),
+    )
+    return loader.step(0)
 
 
 def packed_loss(model: nn.Module, clock: DropoutClock, batches: Sequence[Batch]) -> LossAndGradients:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from lorasmith.text.tokenizer import Tokenizer
-from lorasmith.types import IGNORE_INDEX, Example
+from lorasmith.types import IGNORE_INDEX, Example, Ints
 
 _LETTERS = (
     "Hello",
@@ -57,13 +57,18 @@ def _random_texts(count: int, traps: Sequence[str], seed: int) -> Iterator[str]:
 def random_examples(
     vocab_size: int, count: int = 6, *, seed: int = 0, prefix: int = 3, longest: int = 20
 ) -> list[Example]:
-    """Conversations with a common start, of different lengths; about half the positions have a label."""
+    """Conversations of different lengths with a common start, labels included; about half the positions have
+    a label."""
     rng = np.random.default_rng(seed)
-    start = rng.integers(3, vocab_size, prefix)
+
+    def random_pairs(length: int) -> Ints:
+        ids, labels = rng.integers(3, vocab_size, (2, length))
+        return np.stack([ids, np.where(rng.random(length) < 0.5, labels, IGNORE_INDEX)])
+
+    start = random_pairs(prefix)
     rows = []
     for row in range(count):
-        ids = np.concatenate([start, rng.integers(3, vocab_size, rng.integers(2, longest))])
-        labels = np.where(rng.random(len(ids)) < 0.5, rng.integers(3, vocab_size, len(ids)), IGNORE_INDEX)
+        ids, labels = np.concatenate([start, random_pairs(int(rng.integers(2, longest)))], axis=1)
         labels[-1] = 2
         rows.append(Example(ids, labels, f"rows:{row + 1}"))
     return rows

@@ -43,6 +43,9 @@ class Plan:
     num_held_out: int
     tokens_per_epoch: int
     targets_per_epoch: int
+    saved_by_sharing: float
+    """Share of the tokens that need no computing, as an earlier conversation of the row has them: over the
+    steps that were planned."""
     total_steps: int
     parameters: ParameterCount
     memory: MemoryEstimate

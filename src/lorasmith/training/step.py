@@ -21,6 +21,7 @@ class StepResult:
     """L2 norm of all trained gradients, before clipping."""
     num_targets: float
     num_tokens: int
+    """Of its conversations, whether computed once or for each."""
 
 
 def train_step(
@@ -45,7 +46,7 @@ def train_step(
         group["lr"] = learning_rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss, grad_norm, num_targets, sum(len(batch.input_ids) for batch in batches))
+    return StepResult(loss, grad_norm, num_targets, sum(batch.num_tokens for batch in batches))
 
 
 def accumulate_gradients(model: PackedModule, batches: Sequence[Batch], num_targets: float) -> float:

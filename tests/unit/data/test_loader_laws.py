@@ -1,16 +1,15 @@
-"""The laws of the loader: a step is a pure function of its number, and packing cuts no conversation."""
+"""The laws of the loader: a step is a pure function of its number, and its rows are its conversations."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
+from typing import overload
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from lorasmith.data.loader import Loader
-from lorasmith.data.pack import lay_out, pack_rows
 from lorasmith.errors import DataError
 from lorasmith.types import IGNORE_INDEX, Batch, Example
 
@@ -22,10 +21,23 @@ def example(number: int, length: int) -> Example:
 
 
 def loader(
-    lengths: list[int], *, max_tokens: int = 50, seed: int = 0, shuffle: bool = True, size: int = 4
+    lengths: list[int],
+    *,
+    max_tokens: int = 50,
+    seed: int = 0,
+    shuffle: bool = True,
+    size: int = 4,
+    share_prefixes: bool = True,
 ) -> Loader:
     examples = [example(number, length) for number, length in enumerate(lengths)]
-    return Loader(examples, batch_size=size, max_tokens=max_tokens, seed=seed, shuffle=shuffle)
+    return Loader(
+        examples,
+        batch_size=size,
+        max_tokens=max_tokens,
+        seed=seed,
+        shuffle=shuffle,
+        share_prefixes=share_prefixes,
+    )
 
 
 LENGTHS = [3, 20, 7, 7, 60, 1, 12, 9, 30, 5]
@@ -78,35 +90,55 @@ def test_without_shuffle_rows_come_as_they_stand() -> None:
     assert source.origins(0) == source.origins(3) == ("f:0", "f:1", "f:2", "f:3")
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(1, 60), min_size=1, max_size=30), st.integers(1, 100), st.integers(0, 2**63 - 1))
-def test_packing_keeps_each_conversation_whole_and_in_order(
-    lengths: list[int], max_tokens: int, seed: int
-) -> None:
-    source = loader(lengths, max_tokens=max_tokens, seed=seed, size=7)
-    batches = source.step(0)
-    expected = [(e.input_ids.tolist(), e.labels.tolist()) for e in source.examples(0)]
-    assert conversations(batches) == expected
-    sizes = [len(batch.input_ids) for batch in batches]
-    assert np.concatenate([batch.token_numbers for batch in batches]).tolist() == list(range(sum(sizes)))
-    assert all(
-        size <= max_tokens or len(batch.layout.parents) == 1
-        for size, batch in zip(sizes, batches, strict=True)
-    )
+@pytest.mark.parametrize("share_prefixes", [False, True])
+def test_the_rows_of_a_step_are_its_conversations_however_it_is_packed(share_prefixes: bool) -> None:
+    for max_tokens in (1, 20, 50, 4096):
+        source = loader(LENGTHS, max_tokens=max_tokens, share_prefixes=share_prefixes)
+        for n in range(2 * source.steps_per_epoch):
+            expected = [(e.input_ids.tolist(), e.labels.tolist()) for e in source.examples(n)]
+            assert sorted(conversations(source.step(n))) == sorted(expected)
 
 
-def test_a_row_starts_every_conversation_at_position_0_and_counts_each_target_once() -> None:
-    batch = lay_out([example(0, 3), example(1, 2)], first_number=7)
-    assert batch.layout.starts.tolist() == [0, 3, 5]
-    assert batch.layout.parents.tolist() == [-1, -1]
-    assert batch.layout.position_ids.tolist() == [0, 1, 2, 0, 1]
-    assert batch.weights.dtype == np.float32
-    assert batch.num_targets == example(0, 3).num_targets + example(1, 2).num_targets
-    assert batch.token_numbers.tolist() == [7, 8, 9, 10, 11]
+def test_unpacked_each_conversation_has_a_row_of_its_own_in_order() -> None:
+    twice = [example(1, 9), example(2, 4), example(1, 9), example(3, 1)]
+    source = Loader(twice, batch_size=4, max_tokens=4096, seed=0, shuffle=False, packed=False)
+    rows = source.step(0)
+    assert [row.input_ids.tolist() for row in rows] == [e.input_ids.tolist() for e in twice]
+    assert [row.layout.parents.tolist() for row in rows] == [[-1]] * 4
+    assert np.concatenate([row.token_numbers for row in rows]).tolist() == list(range(23))
 
 
-def test_a_row_is_filled_before_the_next_begins() -> None:
-    assert pack_rows([4, 4, 2, 9, 1, 30, 1], 10) == [[0, 1, 2], [3, 4], [5], [6]]
+def test_an_epoch_is_all_its_steps() -> None:
+    source = loader(LENGTHS)
+    steps = [row.input_ids.tolist() for n in range(3, 6) for row in source.step(n)]
+    assert [row.input_ids.tolist() for row in source.epoch(1)] == steps
+
+
+class Counted(Sequence[Example]):
+    """A data set that lies elsewhere."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.lengths, self.asked = lengths, list[int]()
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
+        assert isinstance(index, int), f"asked for {index}"
+        self.asked.append(index)
+        return example(index, self.lengths[index])
+
+
+def test_a_step_reads_its_own_examples_by_index_and_no_others() -> None:
+    far = Counted([5] * 1000)
+    source = Loader(far, batch_size=4, max_tokens=50, seed=0, shuffle=False)
+    assert far.asked == []
+    source.step(2)
+    assert far.asked == [8, 9, 10, 11]
 
 
 def test_totals() -> None:
