@@ -24,6 +24,7 @@ from lorasmith.errors import ConfigError, SetupError
 from lorasmith.hub.adapter_dir import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lorasmith.hub.files import read_json
 from lorasmith.model.dropout import DropoutClock, use_stateless_dropout
+from lorasmith.model.lora_linear import use_fast_linear
 from lorasmith.model.mutated_init import as_plain_lora, moves_base_weights, plain_config
 
 
@@ -81,6 +82,7 @@ def peft_lora_config(
         base_model_name_or_path=base_name,
         task_type="CAUSAL_LM",
     )
+    use_fast_linear(peft_config)
     moves_base_weights(config)
     _require_matches(module, peft_config)
     return peft_config
@@ -94,7 +96,12 @@ def load_adapter(module: PreTrainedModel, directory: Path, *, trainable: bool = 
     read_json(directory / ADAPTER_CONFIG)
     try:
         with quiet_peft():
-            model = peft.PeftModel.from_pretrained(module, str(directory), is_trainable=trainable)
+            config = peft.PeftConfig.from_pretrained(str(directory))
+            if isinstance(config, peft.LoraConfig):
+                use_fast_linear(config)
+            model = peft.PeftModel.from_pretrained(
+                module, str(directory), is_trainable=trainable, config=config
+            )
     except (ValueError, RuntimeError, KeyError, OSError, TypeError, SafetensorError) as error:
         raise SetupError(
             "the adapter does not fit this base model",

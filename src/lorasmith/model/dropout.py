@@ -10,7 +10,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from lorasmith.ops.dropout import dropout, dropout_key
+from lorasmith.ops.dropout import DropoutMask, dropout, dropout_key
 
 
 @dataclass
@@ -29,13 +29,17 @@ class StatelessDropout(nn.Module):
         self.p, self.name, self.clock = p, name, clock
 
     def forward(self, x: Tensor) -> Tensor:
+        mask = self.mask(x)
+        return x if mask is None else dropout(x, mask)
+
+    def mask(self, x: Tensor) -> DropoutMask | None:
+        """That of x (..., D) at the clock's step; None where nothing is dropped."""
         if not self.training:
-            return x
-        key = dropout_key(self.clock.seed, self.clock.step, self.name)
+            return None
         numbers = self.clock.token_numbers
         if numbers is None:
             numbers = torch.arange(x.shape[:-1].numel(), device=x.device)
-        return dropout(x, self.p, key, numbers)
+        return DropoutMask(self.p, dropout_key(self.clock.seed, self.clock.step, self.name), numbers)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"

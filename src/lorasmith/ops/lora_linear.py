@@ -1,0 +1,138 @@
+"""A frozen linear layer and its LoRA branch as one differentiable function.
+
+y = x W^T + bias + s (drop(x) A^T) B^T. It keeps x and drop(x) A^T for backward and nothing else: the dropout
+mask is drawn again, a block of rows at a time, and the gradient of x is made in one buffer.
+
+Shapes: N = rows (tokens), D = input features, O = output features, R = rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lorasmith.ops.dropout import DropoutMask, MaskRows, dropout
+from lorasmith.ops.gemm import linear
+
+_BLOCK = 1 << 18
+"""Elements of x in a block: enough work for every thread, little enough to stay in cache."""
+
+
+def lora_linear(
+    x: Tensor,
+    w_OD: Tensor,
+    bias_O: Tensor | None,
+    a_RD: Tensor,
+    b_OR: Tensor,
+    scaling: float,
+    mask: DropoutMask | None = None,
+) -> Tensor:
+    """x (..., D) -> (..., O). Gradients for x, A and B; W and the bias are frozen.
+
+    The branch is computed in x's dtype, which is W's; A and B may be wider (fp32 masters over a bf16 base)
+    and their gradients come out in their own dtype.
+    """
+    y: Tensor = _LoraLinear.apply(x, w_OD, bias_O, a_RD, b_OR, scaling, mask)  # type: ignore[no-untyped-call]
+    return y
+
+
+def lora_linear_reference(
+    x: Tensor,
+    w_OD: Tensor,
+    bias_O: Tensor | None,
+    a_RD: Tensor,
+    b_OR: Tensor,
+    scaling: float,
+    mask: DropoutMask | None = None,
+) -> Tensor:
+    """The same by autograd, as the formula reads."""
+    dropped = x if mask is None else dropout(x, mask)
+    return torch.nn.functional.linear(x, w_OD, bias_O) + scaling * (dropped @ a_RD.mT @ b_OR.mT)
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w_OD: Tensor,
+        bias_O: Tensor | None,
+        a_RD: Tensor,
+        b_OR: Tensor,
+        scaling: float,
+        mask: DropoutMask | None,
+    ) -> Tensor:
+        x_ND = x.reshape(-1, x.shape[-1])
+        low_NR = _down(x_ND, a_RD.to(x.dtype), mask)
+        ctx.save_for_backward(x, low_NR, w_OD, a_RD, b_OR)
+        ctx.mask, ctx.scale = mask, scaling if mask is None else scaling * mask.scale
+        y_NO = linear(x_ND, w_OD, bias_O)
+        y_NO.addmm_(low_NR, b_OR.to(x.dtype).t(), alpha=ctx.scale)
+        return y_NO.view(*x.shape[:-1], len(w_OD))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, low_NR, w_OD, a_RD, b_OR = ctx.saved_tensors
+        needs_x, needs_a, needs_b = (ctx.needs_input_grad[i] for i in (0, 3, 4))
+        x_ND, dy_NO = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]).contiguous()
+        db_OR = (low_NR.t() @ dy_NO).t().to(b_OR.dtype).mul_(ctx.scale) if needs_b else None
+        dx_ND = linear(dy_NO, w_OD.t()) if needs_x else None
+        da_RD = torch.zeros_like(a_RD) if needs_a else None
+        dlow_NR = linear(dy_NO, b_OR.to(dy.dtype).t()).mul_(ctx.scale)
+        _up(dlow_NR, x_ND, a_RD.to(x.dtype), ctx.mask, dx_ND, da_RD)
+        return dx_ND if dx_ND is None else dx_ND.view(x.shape), None, None, da_RD, db_OR, None, None
+
+
+def _down(x_ND: Tensor, a_RD: Tensor, mask: DropoutMask | None) -> Tensor:
+    """(x with zeros in it) A^T, (N, R): what is dropped is never stored whole."""
+    if mask is None:
+        return linear(x_ND, a_RD)
+    low_NR = x_ND.new_empty(len(x_ND), len(a_RD))
+    for rows, factor in _blocks(mask, x_ND):
+        low_NR[rows] = linear(factor.mul_(x_ND[rows]), a_RD)
+    return low_NR
+
+
+def _up(
+    dlow_NR: Tensor,
+    x_ND: Tensor,
+    a_RD: Tensor,
+    mask: DropoutMask | None,
+    dx_ND: Tensor | None,
+    da_RD: Tensor | None,
+) -> None:
+    """Add the branch's part to the gradient of x, and fill that of A, where they are wanted."""
+    if mask is None:
+        if dx_ND is not None:
+            dx_ND.addmm_(dlow_NR, a_RD)
+        if da_RD is not None:
+            _add_product(da_RD, dlow_NR.t(), x_ND)
+        return
+    for rows, factor in _blocks(mask, x_ND):
+        if dx_ND is not None:
+            dx_ND[rows].addcmul_(dlow_NR[rows] @ a_RD, factor)
+        if da_RD is not None:
+            _add_product(da_RD, dlow_NR[rows].t(), factor.mul_(x_ND[rows]))
+
+
+def _blocks(mask: DropoutMask, x_ND: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of the rows, each with its ones and zeros, which the caller may overwrite."""
+    num_rows, width = x_ND.shape
+    assert len(mask.numbers_T) == num_rows, (len(mask.numbers_T), num_rows)
+    block = max(1, min(num_rows, _BLOCK // width))
+    drawn = MaskRows(mask, width, x_ND.dtype, block=block)
+    for start in range(0, num_rows, block):
+        stop = min(start + block, num_rows)
+        yield slice(start, stop), drawn.draw(start, stop)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right

@@ -1,0 +1,70 @@
+"""`linear` is F.linear, whichever library computes it, for every layout of its inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lorasmith.ops import gemm
+from lorasmith.ops.gemm import linear
+
+BIG = 600, 256
+"""Rows and features that are enough for the fast road, where this machine has one."""
+
+
+@pytest.fixture(params=["this machine's choice", "oneDNN", "torch"])
+def choice(request, monkeypatch):
+    """Each road on every machine: what a machine chooses by itself depends on its maker and its threads."""
+    if request.param == "oneDNN" and not torch.backends.mkldnn.is_available():
+        pytest.skip("torch has no oneDNN here")
+    if request.param != "this machine's choice":
+        monkeypatch.setattr(gemm, "_mkl_is_slow", lambda: request.param == "oneDNN")
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+
+
+@pytest.mark.usefixtures("choice")
+@pytest.mark.parametrize("outputs", [8, 300])
+@pytest.mark.parametrize("biased", [False, True])
+def test_it_is_the_product(outputs, biased):
+    torch.manual_seed(0)
+    x, w, bias = torch.randn(BIG), torch.randn(outputs, BIG[1]), torch.randn(outputs) if biased else None
+    exact = F.linear(x.double(), w.double(), None if bias is None else bias.double())
+    torch.testing.assert_close(linear(x, w, bias).double(), exact, atol=2e-4, rtol=0)
+    assert torch.equal(linear(x[None], w, bias)[0], linear(x, w, bias)), "the same call gives the same bits"
+
+
+@pytest.mark.usefixtures("choice")
+def test_transposed_strided_and_spread_inputs():
+    torch.manual_seed(0)
+    wide, w = torch.randn(BIG[0], 2 * BIG[1]), torch.randn(BIG[1], 8)
+    for x in (wide[:, : BIG[1]], wide[:, ::2], torch.randn(BIG[::-1]).t(), torch.randn(BIG[1]).expand(BIG)):
+        for weight in (w.t(), w.t().contiguous(), torch.randn(16, BIG[1])[::2]):
+            exact = (x.double() @ weight.double().t()).float()
+            torch.testing.assert_close(linear(x, weight), exact, atol=2e-4, rtol=0)
+
+
+@pytest.mark.usefixtures("choice")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rows", [0, 1, 600])
+def test_every_dtype_and_no_rows(dtype, rows):
+    x, w = torch.randn(rows, 256).to(dtype), torch.randn(8, 256).to(dtype)
+    found = linear(x, w)
+    assert (found.dtype, found.shape) == (dtype, (rows, 8))
+    tolerance = 0.5 if dtype == torch.bfloat16 else 2e-4
+    torch.testing.assert_close(found, F.linear(x, w), atol=tolerance, rtol=0)
+
+
+def test_the_rule_is_the_same_each_time_and_small_products_stay_with_torch(monkeypatch):
+    monkeypatch.setattr(gemm, "_mkl_is_slow", lambda: True)
+    chooses = gemm._onednn_is_faster
+    x, w, rank = torch.empty(BIG), torch.empty(300, BIG[1]), torch.empty(8, BIG[1])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    assert [chooses(x, w), chooses(x, rank), chooses(x[:4], w), chooses(x.double(), w.double())] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert [chooses(x, w), chooses(x, rank), chooses(x, rank.t().contiguous().t())] == [False, True, True]
