@@ -1,6 +1,6 @@
 """Softmax attention over a Layout: each token sees its own segment's past and the segments it continues.
 
-Shapes: T = tokens of a flat row, S = segments, L = longest segment, H = query heads, K = key/value heads,
+Shapes: T = tokens of a flat row, L = tokens of a padded batch's row, H = query heads, K = key/value heads,
 D = head size.
 """
 
@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lorasmith.ops.alibi import alibi_bias
+from lorasmith.ops.cuda_attention import FlexIndex, cuda_attention, fits_flex
 from lorasmith.ops.decay_attention import ChunkIndex, chunk_index
+from lorasmith.ops.tiled_attention import TiledIndex, tiled_attention
 from lorasmith.types import Layout
 
 LAYOUT_ATTENTION = "lorasmith_layout"
@@ -27,8 +28,7 @@ LAYOUT_ATTENTION = "lorasmith_layout"
 class LayoutIndex:
     """A Layout as indices on one device, made once per batch and used by every layer.
 
-    Each kind of attention asks for its own; none is made in vain, and only softmax over shared prefixes costs
-    T x T.
+    Each kind of attention asks for its own; none is made in vain.
     """
 
     layout: Layout
@@ -37,47 +37,19 @@ class LayoutIndex:
     """ALiBi's, for softmax attention that lowers scores by distance."""
 
     @cached_property
-    def segments(self) -> SegmentIndex | None:
-        """None where segments share prefixes."""
-        if (self.layout.parents >= 0).any():
-            return None
-        lengths, starts = self.layout.lengths, self.layout.starts[:-1]
-        columns = np.arange(lengths.max())
-        inside = columns < lengths[:, None]
-        tokens = torch.from_numpy(np.where(inside, starts[:, None] + columns, starts[:, None]))
-        slots = torch.from_numpy(np.flatnonzero(inside))
-        return SegmentIndex(tokens.to(self.device), slots.to(self.device))
+    def tiles(self) -> TiledIndex:
+        """For softmax attention in plain products."""
+        return TiledIndex(self.layout, self.device)
 
     @cached_property
-    def visible_TT(self) -> Tensor:
-        """Whether token t (row) sees token s (column)."""
-        return visible(self.layout).to(self.device)
-
-    @cached_property
-    def bias(self) -> Tensor | None:
-        """ALiBi, -inf where a token may not look: (H, L, L), or (H, T, T) for shared prefixes."""
-        if self.slopes_H is None:
-            return None
-        if self.segments is None:
-            positions, sees = torch.from_numpy(self.layout.position_ids).to(self.device), self.visible_TT
-        else:
-            positions = torch.arange(self.segments.tokens_SL.shape[1], device=self.device)
-            sees = positions <= positions[:, None]
-        return alibi_bias(self.slopes_H, positions, positions).masked_fill(~sees, float("-inf"))
+    def flex(self) -> FlexIndex:
+        """For softmax attention in CUDA's own kernels."""
+        return FlexIndex(self.layout, self.device)
 
     @cached_property
     def chunks(self) -> ChunkIndex:
+        """For decayed linear attention."""
         return chunk_index(self.layout, self.device)
-
-
-@dataclass(frozen=True)
-class SegmentIndex:
-    """Segments that continue no other, as gather indices."""
-
-    tokens_SL: Tensor
-    """Token indices of each segment, right-padded with its first."""
-    slots_T: Tensor
-    """Where each token stands in the flattened tokens_SL."""
 
 
 def layout_index(layout: Layout, device: torch.device | str = "cpu") -> LayoutIndex:
@@ -101,31 +73,32 @@ def visible(layout: Layout) -> Tensor:
 
 
 def layout_attention(q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, index: LayoutIndex, scale: float) -> Tensor:
-    """softmax(q k' * scale) v, each token over what its Layout lets it see.
+    """softmax(q k' * scale + ALiBi) v, each token over what its Layout lets it see.
 
     Shapes: q (H, T, D), k and v (K, T, D) with K dividing H -> (H, T, D).
     """
-    segments = index.segments
-    if segments is None:
-        return _attend(q_HTD[None], k_KTD[None], v_KTD[None], scale, index.bias, index.visible_TT)[0]
-    rows, columns = segments.tokens_SL.shape
-    by_segment = [
-        x.index_select(1, segments.tokens_SL.flatten()).unflatten(1, (rows, columns)).transpose(0, 1)
-        for x in (q_HTD, k_KTD, v_KTD)
-    ]
-    out_SHLD = _attend(by_segment[0], by_segment[1], by_segment[2], scale, index.bias, None)
-    return out_SHLD.transpose(0, 1).flatten(1, 2).index_select(1, segments.slots_T)
+    if fits_flex(q_HTD):
+        return cuda_attention(q_HTD, k_KTD, v_KTD, index.flex, scale, index.slopes_H)
+    return tiled_attention(q_HTD, k_KTD, v_KTD, index.tiles, scale, index.slopes_H)
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, mask: Tensor | None
+def attention_reference(
+    q_HTD: Tensor,
+    k_KTD: Tensor,
+    v_KTD: Tensor,
+    layout: Layout,
+    scale: float,
+    slopes_H: Tensor | None = None,
 ) -> Tensor:
-    if bias is not None:
-        return biased_attention(q, k, v, bias, scale)[0]
-    grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+    """`layout_attention` with a dense mask in float64: the definition that the others are checked against."""
+    q_HTD, k_HTD, v_HTD = (
+        x.double().repeat_interleave(len(q_HTD) // len(x), 0) for x in (q_HTD, k_KTD, v_KTD)
     )
+    scores_HTT = q_HTD @ k_HTD.transpose(1, 2) * scale
+    if slopes_H is not None:
+        positions_T = torch.from_numpy(layout.position_ids)
+        scores_HTT = scores_HTT + alibi_bias(slopes_H.double(), positions_T, positions_T)
+    return scores_HTT.masked_fill(~visible(layout), float("-inf")).softmax(-1) @ v_HTD
 
 
 def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
