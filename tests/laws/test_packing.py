@@ -132,8 +132,8 @@ def test_gemma2_does_not_take_a_layout():
 def test_a_module_that_takes_no_layout_is_never_given_two_conversations():
     module = tiny_module("gemma2")
     [together] = pack(examples(2), 100, share_prefixes=False)
-    with pytest.raises(AssertionError, match="one conversation at a time"):
-        target_logits(module, to_device(together, torch.device("cpu")))
+    with packed(module) as rows_module, pytest.raises(AssertionError, match="one conversation at a time"):
+        rows_module.logits(to_device(together, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("kind", ["llama3", "gemma2"])

@@ -23,7 +23,14 @@ from lorasmith.ops.cross_entropy import cross_entropy_sum, linear_cross_entropy
 from lorasmith.ops.norm_head import NormHead
 from lorasmith.types import IGNORE_INDEX, Batch
 
-_POSITION_WISE = ("mlp", "channel_mixer", "self_attn.q_proj", "self_attn.o_proj", "self_attention.dense", "token_mixer.out_proj")
+_POSITION_WISE = (
+    "mlp",
+    "channel_mixer",
+    "self_attn.q_proj",
+    "self_attn.o_proj",
+    "self_attention.dense",
+    "token_mixer.out_proj",
+)
 """The field's names for what, in the last layer, only reads and writes a token's own position."""
 
 
@@ -128,7 +135,7 @@ class PackedModule:
 
         The other positions read zeros, in forward as in backward; nobody looks at them.
         """
-        own = part.forward
+        own: Forward = part.forward
 
         def forward(x_1TD: Tensor) -> Tensor:
             rows, numbers = self._rows, self.clock.token_numbers
@@ -139,7 +146,8 @@ class PackedModule:
                 out_1ND = own(x_1TD.index_select(1, rows))
             finally:
                 self.clock.token_numbers = numbers
-            return out_1ND.new_zeros(1, x_1TD.shape[1], out_1ND.shape[2]).index_copy(1, rows, out_1ND)
+            spread_1TD = out_1ND.new_zeros(1, x_1TD.shape[1], out_1ND.shape[2])
+            return spread_1TD.index_copy(1, rows, out_1ND)
 
         return forward
 
