@@ -171,7 +171,7 @@ def train(
     model cannot take; DivergedError; StorageError.
     """
     from lorasmith.data.dataset import Dataset, fingerprint
-    from lorasmith.data.loader import evaluation_loader, training_loader
+    from lorasmith.data.loader import held_out_loader, training_loader
     from lorasmith.evaluation.loss import mean_loss
     from lorasmith.model.model import Model
     from lorasmith.model.packed import takes_layout
@@ -200,8 +200,7 @@ def train(
         reporter=reporter or default_reporter(),
         storage=storage or Storage(),
     )
-    how_packed = {"share_prefixes": train.share_prefixes, "packed": packed}
-    kept_out = evaluation_loader(held_out, train.max_tokens, **how_packed) if held_out else None
+    kept_out = held_out_loader(held_out, train, packed=packed)
     result = session.run((lambda rows: mean_loss(rows, kept_out.epoch())) if kept_out else None)
     if tuned:
         tuned.module, tuned.system = session.model, rows.system

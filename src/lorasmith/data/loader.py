@@ -29,6 +29,14 @@ def training_loader(examples: Sequence[Example], config: TrainConfig, *, packed:
     )
 
 
+def held_out_loader(examples: Sequence[Example], config: TrainConfig, *, packed: bool) -> Loader | None:
+    """The held-out rows of a training run, packed as its own; None where there are none."""
+    if not len(examples):
+        return None
+    how = {"share_prefixes": config.share_prefixes, "packed": packed}
+    return evaluation_loader(examples, config.max_tokens, **how)
+
+
 def evaluation_loader(
     examples: Sequence[Example], max_tokens: int, *, share_prefixes: bool = True, packed: bool
 ) -> Loader:

@@ -8,7 +8,6 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-import pytest
 from chat_texts import real_format
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -224,17 +223,15 @@ def test_a_laid_out_row_keeps_the_order_and_shares_nothing() -> None:
     assert batch.num_targets == 4
 
 
-@pytest.mark.parametrize("max_tokens", [1024, 4096])
-def test_huanhuan_s_system_prompt_is_computed_once_a_row(
-    shared: Path, tmp_path: Path, max_tokens: int
-) -> None:
-    chat_format = real_format(shared, tmp_path, "deepseek", "tutorial")
+def test_huanhuan_s_system_prompt_is_computed_once_a_row(shared: Path, tmp_path: Path) -> None:
+    chat_format = real_format(shared, tmp_path, "deepseek", "official")
     rows = str(shared / "data/datasets/huanhuan.json")
     data = load(DataConfig(train=rows, system="现在你要扮演皇帝身边的女人--甄嬛"), chat_format)
-    source = Loader(data.examples, batch_size=16, max_tokens=max_tokens, seed=0, shuffle=True)
-    steps = [source.step(n) for n in range(source.steps_per_epoch)]
-    assert sum(row.num_tokens for step in steps for row in step) == source.num_tokens
-    assert sum(row.num_targets for step in steps for row in step) == source.num_targets
-    computed = sum(len(row.input_ids) for step in steps for row in step)
-    print(max_tokens, source.num_tokens, computed, len(data.examples), np.mean([len(s) for s in steps]))
-    assert 0.75 < computed / source.num_tokens < 0.88
+    for max_tokens, rows_per_step in ((1024, 1.1), (4096, 1.0)):
+        source = Loader(data.examples, batch_size=16, max_tokens=max_tokens, seed=0, shuffle=True)
+        packed = list(source.epoch())
+        assert len(packed) <= rows_per_step * source.steps_per_epoch
+        assert sum(row.num_tokens for row in packed) == source.num_tokens
+        assert sum(row.num_targets for row in packed) == source.num_targets
+        computed = sum(len(row.input_ids) for row in packed)
+        assert 0.78 < computed / source.num_tokens < 0.80
