@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lorasmith.ops.alibi import alibi_bias
@@ -22,6 +23,10 @@ from lorasmith.types import Layout
 
 LAYOUT_ATTENTION = "lorasmith_layout"
 """The name under which transformers' AttentionInterface knows `layout_attention_interface`."""
+
+
+_LONG = 256
+"""Tokens from which on sdpa, which cuts keys as well as queries, is a fifth faster than tiles."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,11 @@ class LayoutIndex:
     def tiles(self) -> TiledIndex:
         """For softmax attention in plain products."""
         return TiledIndex(self.layout, self.device)
+
+    @cached_property
+    def all_long(self) -> bool:
+        """Whether the row holds long segments alone, and none continues another."""
+        return bool((self.layout.parents < 0).all() and self.layout.lengths.min() >= _LONG)
 
     @cached_property
     def flex(self) -> FlexIndex:
@@ -79,7 +89,20 @@ def layout_attention(q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, index: LayoutI
     """
     if fits_flex(q_HTD):
         return cuda_attention(q_HTD, k_KTD, v_KTD, index.flex, scale, index.slopes_H)
+    if index.slopes_H is None and index.all_long:
+        return _attend_each(q_HTD, k_KTD, v_KTD, index.layout, scale)
     return tiled_attention(q_HTD, k_KTD, v_KTD, index.tiles, scale, index.slopes_H)
+
+
+def _attend_each(q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, layout: Layout, scale: float) -> Tensor:
+    """Each segment for itself, by sdpa; out with tokens outermost in memory."""
+    grouped, lengths = q_HTD.shape[0] != k_KTD.shape[0], layout.lengths.tolist()
+    segments = zip(*(x[None].split(lengths, dim=2) for x in (q_HTD, k_KTD, v_KTD)), strict=True)
+    outs = [
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)[0]
+        for q, k, v in segments
+    ]
+    return outs[0] if len(outs) == 1 else torch.cat([out.transpose(0, 1) for out in outs]).transpose(0, 1)
 
 
 def attention_reference(

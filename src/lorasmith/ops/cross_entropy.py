@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_CHUNK_BYTES = {"cpu": 8 << 20}
-"""Of one tile of logits: what stays in the last cache of a CPU."""
+_CHUNK_BYTES = {"cpu": 2 << 20}
+"""Of one tile of logits: what stays in the caches of a CPU; 8 MiB was measured a fifth slower."""
 _CHUNK_BYTES_ELSEWHERE = 256 << 20
 """What fills a GPU."""
 _MIN_COLUMNS = 1024

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Angles = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Cosines and sines for the first features of the pairs, then both for the second ones: (B, 1, T, R/2)."""
+Angles = tuple[Tensor, Tensor, Tensor]
+"""Cosines of all features (B, 1, T, R), sines of the first and of the second of each pair (B, 1, T, R/2)."""
 
 
 def rotary(
@@ -37,60 +37,67 @@ def reference_rotary(
     x_BHTD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, *, interleaved: bool = False
 ) -> Tensor:
     """The definition, which autograd derives, for queries or keys."""
-    first, second, *rest = _pairs(x_BHTD, cos_BTR.shape[-1], interleaved)
-    cos_1, sin_1, cos_2, sin_2 = _angles(cos_BTR, sin_BTR, interleaved)
-    turned = (first * cos_1 - second * sin_1, second * cos_2 + first * sin_2)
-    joined = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
-    return torch.cat((joined, *rest), -1).to(x_BHTD.dtype)
+    cos, sin_1, sin_2 = _angles(cos_BTR, sin_BTR, interleaved)
+    turning = cos.shape[-1]
+    first, second = _pairs(x_BHTD[..., :turning], interleaved)
+    crossed = (-second * sin_1, first * sin_2)
+    joined = torch.stack(crossed, -1).flatten(-2) if interleaved else torch.cat(crossed, -1)
+    turned = x_BHTD[..., :turning] * cos + joined
+    return torch.cat((turned, x_BHTD[..., turning:]), -1).to(x_BHTD.dtype)
 
 
 class _Rotary(torch.autograd.Function):
     """Two passes, one array: x * cos into it, then each half of the pairs adds the other's sine part."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, interleaved: bool, cos_1: Tensor, sin_1: Tensor, cos_2: Tensor, sin_2: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(cos_1, sin_1, cos_2, sin_2)
+    def forward(ctx: Any, x: Tensor, interleaved: bool, cos: Tensor, sin_1: Tensor, sin_2: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin_1, sin_2)
         ctx.interleaved = interleaved
-        return _turn(x, interleaved, (cos_1, sin_1, cos_2, sin_2))
+        return _turn(x, interleaved, (cos, sin_1, sin_2), sign=1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        cos_1, sin_1, cos_2, sin_2 = ctx.saved_tensors  # the transposed 2 x 2 matrix of every plane
-        return (_turn(grad, ctx.interleaved, (cos_1, -sin_2, cos_2, -sin_1)), *[None] * 5)
+        cos, sin_1, sin_2 = ctx.saved_tensors  # the transposed 2 x 2 matrix of every plane
+        return (_turn(grad, ctx.interleaved, (cos, sin_2, sin_1), sign=-1), *[None] * 4)
 
 
-def _turn(x_BHTD: Tensor, interleaved: bool, angles: Angles) -> Tensor:
-    cos_1, sin_1, cos_2, sin_2 = angles
-    turning = 2 * cos_1.shape[-1]
+def _turn(x_BHTD: Tensor, interleaved: bool, angles: Angles, sign: int) -> Tensor:
+    cos = angles[0]
+    turning = cos.shape[-1]
     batch, heads, tokens, size = x_BHTD.shape
     out_BHTD = x_BHTD.new_empty(batch, tokens, heads, size).transpose(1, 2)
-    first, second, *rest = _pairs(x_BHTD, turning, interleaved)
-    out_first, out_second, *out_rest = _pairs(out_BHTD, turning, interleaved)
-    for ours, mine, other, cos, sin, sign in (
-        (out_first, first, second, cos_1, sin_1, -1),
-        (out_second, second, first, cos_2, sin_2, 1),
-    ):
-        if cos.dtype == x_BHTD.dtype:
-            torch.mul(mine, cos, out=ours).addcmul_(other, sin, value=sign)
-        else:  # cosines wider than x: round once, at the end
-            ours.copy_((mine * cos).addcmul_(other.to(cos.dtype), sin, value=sign))
-    for ours, theirs in zip(out_rest, rest, strict=True):
-        ours.copy_(theirs)
+    x_BHTR, out_BHTR = x_BHTD[..., :turning], out_BHTD[..., :turning]
+    if cos.dtype == x_BHTD.dtype:
+        _turn_into(out_BHTR, x_BHTR, interleaved, angles, sign)
+    else:  # cosines wider than x: round once, at the end
+        wide_BHTR = x_BHTR.to(cos.dtype)
+        out_BHTR.copy_(_turn_into(torch.empty_like(wide_BHTR), wide_BHTR, interleaved, angles, sign))
+    if turning < size:
+        out_BHTD[..., turning:] = x_BHTD[..., turning:]
     return out_BHTD
 
 
-def _pairs(x_BHTD: Tensor, turning: int, interleaved: bool) -> tuple[Tensor, ...]:
-    """Views: first features of all planes, second features, and, if some do not turn, those."""
-    rest = (x_BHTD[..., turning:],) if turning < x_BHTD.shape[-1] else ()
+def _turn_into(out: Tensor, x: Tensor, interleaved: bool, angles: Angles, sign: int) -> Tensor:
+    cos, sin_1, sin_2 = angles
+    torch.mul(x, cos, out=out)
+    first, second = _pairs(x, interleaved)
+    out_first, out_second = _pairs(out, interleaved)
+    out_first.addcmul_(second, sin_1, value=-sign)
+    out_second.addcmul_(first, sin_2, value=sign)
+    return out
+
+
+def _pairs(x_BHTR: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """Views of the first and of the second features of all planes."""
     if interleaved:
-        return (x_BHTD[..., 0:turning:2], x_BHTD[..., 1:turning:2], *rest)
-    return (x_BHTD[..., : turning // 2], x_BHTD[..., turning // 2 : turning], *rest)
+        return x_BHTR[..., 0::2], x_BHTR[..., 1::2]
+    half = x_BHTR.shape[-1] // 2
+    return x_BHTR[..., :half], x_BHTR[..., half:]
 
 
 def _angles(cos_BTR: Tensor, sin_BTR: Tensor, interleaved: bool) -> Angles:
-    cos_1, cos_2 = cos_BTR[:, None].chunk(2, dim=-1)
     sin_1, sin_2 = sin_BTR[:, None].chunk(2, dim=-1)
-    return (cos_1, sin_1, cos_1, sin_1) if interleaved else (cos_1, sin_1, cos_2, sin_2)
+    if not interleaved:
+        return cos_BTR[:, None], sin_1, sin_2
+    return cos_BTR[:, None, :, : sin_1.shape[-1]].repeat_interleave(2, dim=-1), sin_1, sin_1

@@ -31,7 +31,7 @@ FLAT: Shape = ([5, 1, 9, 3], [-1] * 4)
 PREFIX: Shape = ([4, 2, 6, 1, 6], [-1, 0, 0, 0, 0])
 TREE: Shape = ([3, 5, 2, 7, 1, 4, 6], [-1, 0, 0, 1, 1, 3, -1])
 LONG: Shape = ([9, 2 * TILE + 5, 3, TILE + 1, 30], [-1, 0, 1, 0, -1])
-SHAPES = [([1], [-1]), FLAT, PREFIX, TREE, LONG]
+SHAPES = [([1], [-1]), FLAT, PREFIX, TREE, LONG, ([300, 260], [-1, -1])]
 
 
 def layout(lengths: list[int], parents: list[int]) -> Layout:
@@ -90,7 +90,7 @@ def assert_is_the_reference(of: Layout, heads: tuple[int, int], *, alibi: bool) 
 
 @pytest.mark.parametrize("alibi", [False, True], ids=["plain", "alibi"])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
-@pytest.mark.parametrize("shape", SHAPES, ids=["one", "flat", "prefix", "tree", "long"])
+@pytest.mark.parametrize("shape", SHAPES, ids=["one", "flat", "prefix", "tree", "long", "all-long"])
 def test_attention_is_its_definition(shape: Shape, heads: tuple[int, int], alibi: bool) -> None:
     assert_is_the_reference(layout(*shape), heads, alibi=alibi)
 
@@ -191,7 +191,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("alibi", [False, True], ids=["plain", "alibi"])
 def test_memory_grows_with_the_tokens_and_not_with_their_square(alibi: bool) -> None:
-    of = layout([16 * TILE], [-1])
+    of = layout([8, 16 * TILE - 8], [-1, 0])
     leaves, index = inputs(of, (2, 2), size=16, dtype=torch.float32), indexed(of, 2, alibi=alibi)
     kept: dict[int, int] = {}
 

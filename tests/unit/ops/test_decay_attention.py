@@ -67,6 +67,22 @@ def test_the_borders_of_the_standard_chunk(length: int) -> None:
     torch.testing.assert_close(out, decay_attention_reference(q, k, v, DECAYS, layout)[0], atol=1e-12, rtol=0)
 
 
+def test_short_segments_are_cut_into_shorter_chunks() -> None:
+    assert chunk_index(make_layout([CHUNK // 3] * 9, [-1] * 9)).tokens_NC.shape[1] < CHUNK
+    assert chunk_index(make_layout([40 * CHUNK], [-1])).tokens_NC.shape[1] == CHUNK
+
+
+def test_the_state_alone_has_a_gradient() -> None:
+    leaves = [x.requires_grad_() for x in inputs(12)]
+    layout = make_layout([5, 7], [-1, 0])
+    ours = decay_attention(*leaves, DECAYS, chunk_index(layout, chunk=4))[1][1].sum()
+    theirs = decay_attention_reference(*leaves, DECAYS, layout)[1][1].sum()
+    for left, right in zip(
+        torch.autograd.grad(ours, leaves[1:]), torch.autograd.grad(theirs, leaves[1:]), strict=True
+    ):
+        torch.testing.assert_close(left, right, atol=1e-12, rtol=0)
+
+
 def test_the_reference_is_the_sum_of_the_definition() -> None:
     q, k, v = inputs(9)
     out, _ = decay_attention_reference(q, k, v, DECAYS, make_layout([9], [-1]))
