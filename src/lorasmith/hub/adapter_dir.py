@@ -9,6 +9,7 @@ from lorasmith.errors import SetupError
 from lorasmith.hub.files import read_json, read_json_if_there
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PICKLED_ADAPTER_WEIGHTS = "adapter_model.bin"
 ADAPTER_CONFIG = "adapter_config.json"
 CHAT_FORMAT_FILE = "chat_format.json"
 

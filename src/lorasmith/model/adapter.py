@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from lorasmith.config import LoraConfig
 from lorasmith.errors import ConfigError, SetupError
 from lorasmith.hub.adapter_dir import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from lorasmith.hub.files import read_json
+from lorasmith.model.adapter_check import checked_adapter
 from lorasmith.model.dropout import DropoutClock, use_stateless_dropout
 from lorasmith.model.lora_linear import use_fast_linear
 from lorasmith.model.mutated_init import as_plain_lora, moves_base_weights, plain_config
@@ -91,14 +91,13 @@ def peft_lora_config(
 def load_adapter(module: PreTrainedModel, directory: Path, *, trainable: bool = False) -> peft.PeftModel:
     """The adapter of a PEFT directory over `module`.
 
-    Raises: SetupError if files are missing or the adapter's tensors do not fit this base.
+    Raises: SetupError if files are missing, ask for what is refused, or do not fit this base; peft sees them
+    only after that.
     """
-    read_json(directory / ADAPTER_CONFIG)
     try:
         with quiet_peft():
-            config = peft.PeftConfig.from_pretrained(str(directory))
-            if isinstance(config, peft.LoraConfig):
-                use_fast_linear(config)
+            config = checked_adapter(module, directory)
+            use_fast_linear(config)
             model = peft.PeftModel.from_pretrained(
                 module, str(directory), is_trainable=trainable, config=config
             )
@@ -106,7 +105,7 @@ def load_adapter(module: PreTrainedModel, directory: Path, *, trainable: bool = 
         raise SetupError(
             "the adapter does not fit this base model",
             where=str(directory),
-            why=str(error).strip().splitlines()[0],
+            why=(str(error).strip() or type(error).__name__).splitlines()[0],
             fix="check that it was trained on this model (base_model_name_or_path in adapter_config.json)",
         ) from error
     return model if trainable else model.eval()
