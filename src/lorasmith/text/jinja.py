@@ -15,11 +15,14 @@ from typing import TypeAlias, final
 
 from lorasmith.errors import DataError, FamilyError
 from lorasmith.text.fast import FastTokenizer
-from lorasmith.text.render import SPAN_END, SPAN_START, ChatTemplate, take_spans
-from lorasmith.text.template import ChatFormat
-from lorasmith.types import Message, Piece
+from lorasmith.text.render import ChatTemplate, Rendering, take_spans
+from lorasmith.text.render_worker import SPAN_END, SPAN_START
+from lorasmith.text.template import ChatFormat, check_turns, told_at
+from lorasmith.types import Conversation, Message, Piece
 
 Span: TypeAlias = tuple[int, int]
+_Rendered: TypeAlias = Mapping[tuple[int, bool], Rendering]
+"""Of one conversation: by the number of its messages, and whether as a prompt."""
 _ANSWER = "Answer"
 _PROBES = (
     (Message("user", "Question"), Message("assistant", _ANSWER)),
@@ -64,13 +67,43 @@ class TemplateFormat(ChatFormat):
         super().__init__("official", tokenizer, [*eos_ids, *extra_stop_ids, self._end_of_turn()])
 
     def pieces(self, messages: Sequence[Message], *, for_generation: bool = False) -> list[Piece]:
-        """Raises: DataError if the template refuses the messages, or renders a turn otherwise in training."""
+        """Raises: DataError if the template refuses the messages, or renders a turn otherwise in training;
+        SetupError if it breaks a limit.
+        """
         script = self._script(messages)
-        text, spans = take_spans(self._written(script.messages, add_generation_prompt=for_generation))
+        return self._pieces(script, self._rendered([script], for_generation)[0], for_generation)
+
+    def pieces_of_all(
+        self, conversations: Sequence[Conversation], *, for_generation: bool
+    ) -> list[list[Piece]]:
+        """All in one exchange with the template's process. Raises: as `pieces`, naming the conversation."""
+        scripts = [self._script(conversation.messages) for conversation in conversations]
+        pieces_of_all = []
+        written = zip(conversations, scripts, self._rendered(scripts, for_generation), strict=True)
+        for conversation, script, rendered in written:
+            with told_at(conversation.origin):
+                check_turns(conversation, for_generation)
+                pieces_of_all.append(self._pieces(script, rendered, for_generation))
+        return pieces_of_all
+
+    def _pieces(self, script: _Script, rendered: _Rendered, for_generation: bool) -> list[Piece]:
+        written = self._written(script, rendered, len(script.messages), for_generation)
+        text, spans = take_spans(written)
         if for_generation:
             return list(self._cut(text, [], [], script))
-        turns = list(self._turns(script, text))
+        turns = list(self._turns(script, rendered, text))
         return list(self._cut(text, spans or turns, [start for start, _ in turns], script))
+
+    def _rendered(self, scripts: Sequence[_Script], for_generation: bool) -> list[_Rendered]:
+        """Each script whole, and its beginnings that `_turns` looks at."""
+        wanted = [_wanted(script, for_generation) for script in scripts]
+        requests = [
+            (script.messages[:count], prompt)
+            for script, keys in zip(scripts, wanted, strict=True)
+            for count, prompt in keys
+        ]
+        found = iter(self._template.render_all(requests))
+        return [dict(zip(keys, found, strict=False)) for keys in wanted]  # a limit ends it early
 
     def _script(self, messages: Sequence[Message]) -> _Script:
         """Messages in which the text of every control token is a word that no template knows."""
@@ -84,13 +117,14 @@ class TemplateFormat(ChatFormat):
             script.messages.append({"role": message.role, "content": content})
         return script
 
-    def _turns(self, script: _Script, full: str) -> Iterator[Span]:
+    def _turns(self, script: _Script, rendered: _Rendered, full: str) -> Iterator[Span]:
         """Where each answer lies in `full`, up to and including the token that ends it."""
         for index, message in enumerate(script.messages):
             if message["role"] != "assistant":
                 continue
-            prompt = self._plain(script.messages[:index], add_generation_prompt=True)
-            upto = self._plain(script.messages[: index + 1], add_generation_prompt=False)
+            prompt = take_spans(self._written(script, rendered, index, True))[0]
+            is_last = index + 1 == len(script.messages)  # then `full` is that very text
+            upto = full if is_last else take_spans(self._written(script, rendered, index + 1, False))[0]
             if not upto.startswith(prompt):
                 raise _not_a_prefix(
                     index, "the prompt for it is not how the trained text begins", prompt, upto
@@ -102,13 +136,13 @@ class TemplateFormat(ChatFormat):
                 )
             yield len(prompt), end
 
-    def _written(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
-        text = self._template.render(messages, add_generation_prompt=add_generation_prompt)
-        is_answered = not add_generation_prompt and bool(messages) and messages[-1]["role"] == "assistant"
+    def _written(self, script: _Script, rendered: _Rendered, count: int, is_prompt: bool) -> str:
+        """The first `count` messages. Raises: DataError, SetupError where the template did not write them."""
+        text = rendered[count, is_prompt]
+        if isinstance(text, Exception):
+            raise text
+        is_answered = not is_prompt and count > 0 and script.messages[count - 1]["role"] == "assistant"
         return text + self._behind_last_answer if is_answered else text
-
-    def _plain(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
-        return take_spans(self._written(messages, add_generation_prompt=add_generation_prompt))[0]
 
     def _end_of_answer(self, text: str, start: int, index: int) -> int:
         for match in self._controls.finditer(text, start):
@@ -125,8 +159,10 @@ class TemplateFormat(ChatFormat):
         """The control token that the template writes behind an answer."""
         refusal = ""
         for probe in _PROBES:
+            script = self._script(probe)
             try:
-                text = self._plain(self._script(probe).messages, add_generation_prompt=False)
+                rendered = self._rendered([script], False)[0]
+                text = take_spans(self._written(script, rendered, len(probe), False))[0]
             except DataError as error:  # some templates demand a system message, others refuse it
                 refusal = f"{error.what}: {error.why}"
                 continue
@@ -167,7 +203,18 @@ class _Script:
         return f"{self.word}{len(self.originals) - 1}q"
 
     def reveal(self, text: str) -> str:
+        if not self.originals:
+            return text
         return re.sub(f"{self.word}([0-9]+)q", lambda match: self.originals[int(match[1])], text)
+
+
+def _wanted(script: _Script, for_generation: bool) -> list[tuple[int, bool]]:
+    """How many messages, and whether as a prompt; in the order in which they are looked at."""
+    keys = [(len(script.messages), for_generation)]
+    if not for_generation:
+        answers = [i for i, message in enumerate(script.messages) if message["role"] == "assistant"]
+        keys += [key for index in answers for key in ((index, True), (index + 1, False))]
+    return list(dict.fromkeys(keys))
 
 
 def _text_pieces(

@@ -150,9 +150,9 @@ def _is_mark(text: str) -> bool:
 
 
 def _probe(source: str, named: Mapping[str, str]) -> Iterator[str]:
+    template = ChatTemplate(source, named)
     for messages in _PROBES:
         try:
-            template = ChatTemplate(source, named)
             yield take_spans(template.render(messages, add_generation_prompt=True))[0]
         except (DataError, FamilyError):  # the format that uses the template tells what is wrong with it
             continue
@@ -192,7 +192,7 @@ def _read_optional(path: Path) -> JsonObject:
 def _read_json(path: Path) -> JsonObject:
     try:
         tree = json.loads(_read_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _unreadable(path, str(error)) from None
     if not isinstance(tree, dict):
         raise _unreadable(path, f"it is a JSON {type(tree).__name__}, not an object")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from lorasmith.errors import DataError
+from lorasmith.errors import DataError, SetupError
 from lorasmith.text.tokenizer import Tokenizer
 from lorasmith.types import IGNORE_INDEX, Conversation, Example, Message, Piece
 
@@ -35,6 +36,21 @@ class ChatFormat(ABC):
         Raises: DataError if this format has no way to write these messages down.
         """
 
+    def pieces_of_all(
+        self, conversations: Sequence[Conversation], *, for_generation: bool
+    ) -> list[list[Piece]]:
+        """`pieces` of each, for a format that can do more with many at once.
+
+        Raises: DataError naming the conversation that has no answer or that this format cannot write down.
+        """
+        pieces_of_all = []
+        for conversation in conversations:
+            with told_at(conversation.origin):
+                check_turns(conversation, for_generation)
+                pieces = self.pieces(conversation.messages, for_generation=for_generation)
+            pieces_of_all.append(pieces if self.joint_text else join_text(pieces))
+        return pieces_of_all
+
     def read_answer(self, text: str) -> str:
         """A decoded answer, without what the format itself puts around it."""
         return text.strip()
@@ -53,7 +69,8 @@ class ChatFormat(ABC):
 
         Raises: DataError naming the conversation whose text does not survive encoding and decoding.
         """
-        rendered = [(c.origin, self._pieces_of(c, for_generation)) for c in conversations]
+        pieces_of_all = self.pieces_of_all(conversations, for_generation=for_generation)
+        rendered = [(c.origin, pieces) for c, pieces in zip(conversations, pieces_of_all, strict=True)]
         texts = [text for origin, pieces in rendered for text in self._texts(pieces, origin)]
         encoded = self._encode_texts(texts)
         own_ids = iter([_own_ids(*pair) for pair in zip(texts, encoded, [[], *encoded], strict=False)])
@@ -77,15 +94,6 @@ class ChatFormat(ABC):
             yield _Text(text, at_start, bool(before), origin)
             before = text if self.joint_text else ""
             at_start = at_start and self.joint_text
-
-    def _pieces_of(self, conversation: Conversation, for_generation: bool) -> list[Piece]:
-        _check_turns(conversation, for_generation)
-        try:
-            pieces = self.pieces(conversation.messages, for_generation=for_generation)
-            return pieces if self.joint_text else join_text(pieces)
-        except DataError as error:
-            where = error.where or conversation.origin
-            raise DataError(error.what, where=where, why=error.why, fix=error.fix) from None
 
 
 class _Text(NamedTuple):
@@ -113,7 +121,17 @@ def _own_ids(text: _Text, ids: Sequence[int], ids_before: Sequence[int]) -> Sequ
     return ids[len(ids_before) :]
 
 
-def _check_turns(conversation: Conversation, for_generation: bool) -> None:
+@contextmanager
+def told_at(origin: str) -> Iterator[None]:
+    """A DataError or SetupError of the block says where, if it does not yet."""
+    try:
+        yield
+    except (DataError, SetupError) as error:
+        raise type(error)(error.what, where=error.where or origin, why=error.why, fix=error.fix) from None
+
+
+def check_turns(conversation: Conversation, for_generation: bool) -> None:
+    """Raises: DataError without a message, or for training without an answer."""
     roles = {message.role for message in conversation.messages}
     if not roles or (not for_generation and "assistant" not in roles):
         what = "this conversation has no message" if not roles else "this conversation has no answer to learn"
