@@ -28,6 +28,7 @@ from lorasmith.data.encode import EncodeResult, encode_or_refuse, fit_length
 from lorasmith.data.records import KINDS, BadRow, Record, Row, bad_rows_error, read_records, table_rows
 from lorasmith.data.source import DEFAULT_LIMITS
 from lorasmith.errors import ConfigError, DataError, SetupError, StorageError
+from lorasmith.hub.links import refuse_links
 from lorasmith.text.template import ChatFormat
 from lorasmith.types import Conversation, Example, Message
 
@@ -265,6 +266,7 @@ def _settle_bad_rows(reports: Sequence[DataReport], config: DataConfig, rejects_
         raise bad_rows_error(bad_rows, sum(report.rows for report in reports))
     if bad_rows and rejects_path is not None:
         lines = [json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in bad_rows]
+        refuse_links(rejects_path.parent, [rejects_path.name])
         try:
             rejects_path.parent.mkdir(parents=True, exist_ok=True)
             rejects_path.write_text("".join(lines), encoding="utf-8")

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lorasmith.errors import SetupError, StorageError
+from lorasmith.hub.links import refuse_links
 
 
 @contextmanager
@@ -35,7 +36,8 @@ def staged(target: Path) -> Iterator[Path]:
 
 
 def refuse_content(target: Path) -> None:
-    """Raises: SetupError if `target` is a file, or a directory that is not empty."""
+    """Raises: SetupError if `target` is a file, a link, or a directory that is not empty."""
+    refuse_links(target.parent, [target.name])
     if target.is_dir() and not any(target.iterdir()):
         return
     if target.exists() or target.is_symlink():

@@ -8,22 +8,34 @@ from pathlib import Path
 
 from lorasmith.config import RunConfig, to_yaml
 from lorasmith.errors import CheckpointError, ConfigError, SetupError
-from lorasmith.hub.adapter_dir import ADAPTER_WEIGHTS, CHAT_FORMAT_FILE, ChatSettings, is_adapter_dir
+from lorasmith.hub.adapter_dir import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CHAT_FORMAT_FILE,
+    ChatSettings,
+    is_adapter_dir,
+)
+from lorasmith.hub.links import refuse_links
 from lorasmith.training.checkpoint import checkpoint_dir, damage, list_checkpoints, newest_checkpoint
+from lorasmith.training.metrics import METRICS_FILE
+from lorasmith.training.picture import LOSS_PICTURE
 from lorasmith.training.progress import Reporter
 from lorasmith.training.storage import Storage
 
 CONFIG_FILE = "config.yaml"
+_OUR_FILES = (CONFIG_FILE, CHAT_FORMAT_FILE, METRICS_FILE, LOSS_PICTURE, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 
 
 def open_run_dir(storage: Storage, run_dir: Path, *, resume: bool, reporter: Reporter) -> Path | None:
     """Make the directory; returns the checkpoint to go on from, or None to start at step 0.
 
-    Raises: SetupError if a run lies there and `resume` was not asked for; CheckpointError if it was, and
-    none of the checkpoints verifies: a run never starts from scratch in silence.
+    Raises: SetupError if a run lies there and `resume` was not asked for, or a symbolic link in the place of
+    what is written; CheckpointError if it was asked for and no checkpoint verifies: a run never starts from
+    scratch in silence.
     """
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError("train.output_dir is a file", where=str(run_dir), fix="name a directory")
+    refuse_links(run_dir, (*_OUR_FILES, "checkpoints"))
     if resume:
         return _checkpoint_to_resume(storage, run_dir, reporter)
     if (run_dir / CONFIG_FILE).exists() or list_checkpoints(run_dir):
