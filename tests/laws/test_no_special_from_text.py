@@ -9,7 +9,7 @@ import pytest
 from chat_texts import FORMATS, REAL, make_format, real_format
 
 from lorasmith.testing import LawBroken
-from lorasmith.testing.chat_laws import no_special_from_text
+from lorasmith.testing.chat_laws import no_special_from_joined_text, no_special_from_text
 from lorasmith.text.loading import load_tokenizer
 from lorasmith.text.sentencepiece_model import SpecialPieces
 
@@ -19,6 +19,16 @@ ROWS = 2000
 @pytest.mark.parametrize(("family", "name"), FORMATS)
 def test_small_vocabularies(tmp_path: Path, family: str, name: str) -> None:
     no_special_from_text(make_format(tmp_path, family, name), ROWS)
+
+
+@pytest.mark.parametrize(("family", "name"), FORMATS)
+def test_halves_that_meet(tmp_path: Path, family: str, name: str) -> None:
+    no_special_from_joined_text(make_format(tmp_path, family, name), ROWS // 4)
+
+
+@pytest.mark.parametrize("family", REAL)
+def test_halves_that_meet_in_real_vocabularies(shared: Path, tmp_path: Path, family: str) -> None:
+    no_special_from_joined_text(real_format(shared, tmp_path, family, "official"), ROWS // 2)
 
 
 @pytest.mark.parametrize("family", REAL)

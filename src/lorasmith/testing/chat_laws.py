@@ -13,7 +13,7 @@ import numpy as np
 
 from lorasmith.errors import DataError
 from lorasmith.testing.law import require
-from lorasmith.testing.texts import opens_with_space, random_texts
+from lorasmith.testing.texts import full_width, halves_of_specials, opens_with_space, random_texts
 from lorasmith.text.template import ChatFormat
 from lorasmith.types import IGNORE_INDEX, Conversation, Example, Ints, Message, Role
 
@@ -53,6 +53,25 @@ def no_special_from_text(chat_format: ChatFormat, rows: int = 300) -> None:
             require(found == clean, law, f"{texts[row : row + 3]!r}: {found} instead of {clean}")
     require(refused < rows / 2, law, f"{refused} of {rows} conversations were refused")
     _texts_come_back(chat_format, texts, law)
+
+
+def no_special_from_joined_text(chat_format: ChatFormat, rows: int = 300) -> None:
+    """Law 8 across borders: halves of special tokens that meet between messages, or within one, stay text."""
+    law = "text of the user never yields a special token id"
+    pairs = halves_of_specials(chat_format.tokenizer, rows)
+    clean = _special_ids(chat_format, ["a", "b", "c"])
+    refused = 0
+    for head, tail in pairs:
+        for contents in ([head, tail, head], [head + tail, full_width(head + tail), tail]):
+            try:
+                found = _special_ids(chat_format, contents)
+            except DataError as error:
+                _require_border(error, chat_format, law)
+                refused += 1
+            else:
+                require(found == clean, law, f"{contents!r}: {found} instead of {clean}")
+    require(refused <= len(pairs), law, f"{refused} of {2 * len(pairs)} conversations were refused")
+    _texts_come_back(chat_format, [text for head, tail in pairs for text in (head, tail, head + tail)], law)
 
 
 def streams_whole_characters(chat_format: ChatFormat, rows: int = 300) -> None:

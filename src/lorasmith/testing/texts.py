@@ -29,8 +29,32 @@ _SPACES = ("\n", "\n\n", "\r\n", "\t", " ", "  ", "   ", "\u200b", "\x00")
 _MARKS = ("1723", "3.14", "<|", "|>", "<", "'", '"', "\\n", "{{", "%}", "[INST]", "</think>", "User:")
 _TURNS = ("\n\nAssistant:", "Human:\n", "<|im_start|>", "<|user|>", "<reserved_106>", "</s>", "<unk>")
 _INTERNAL = ("\ufdd0", "\ufdd1", "\ufffd", "qz0q", "qzz1q", "▁", "Ġ", "<0x0A>")
+_DISGUISES = ("\u200b", "\u200d", "\ufeff", "\u2060", "\u00ad", "\ufe0f", "\u0301", "\x00", "\u202e")
+"""Signs without a width, a soft hyphen, an accent, right to left: some normalisers remove them."""
 _WORDS = (*_LETTERS, *_SPACES, *_MARKS, *_TURNS, *_INTERNAL)
 """What templates, tokenizers and roles are written with, and what our own code uses inside."""
+
+
+def halves_of_specials(tokenizer: Tokenizer, count: int, seed: int = 0) -> list[tuple[str, str]]:
+    """(end of one text, head of the next) that joined spell a special token, in disguises of every kind."""
+    rng, tokens = random.Random(seed), sorted(tokenizer.special_tokens)
+    pairs = []
+    for _ in range(count if tokens else 0):
+        token = rng.choice(tokens)
+        cut = rng.randint(0, len(token))
+        head, tail = token[:cut], token[cut:]
+        disguise = rng.choice(_DISGUISES)
+        words = [rng.choice(_WORDS) for _ in range(rng.randint(0, 2))]
+        pairs.append(
+            ("".join(words) + head + (disguise if rng.random() < 0.3 else ""), tail + "".join(words))
+        )
+    texts = [(head.replace("▁", ""), tail.replace("▁", "")) for head, tail in pairs]
+    return texts if opens_with_space(tokenizer) else pairs
+
+
+def full_width(text: str) -> str:
+    """<|im_end|> as ＜｜ｉｍ＿ｅｎｄ｜＞, which NFKC turns into the token."""
+    return "".join(chr(ord(char) + 0xFEE0) if "!" <= char <= "~" else char for char in text)
 
 
 def random_texts(tokenizer: Tokenizer, count: int, seed: int = 0) -> list[str]:
