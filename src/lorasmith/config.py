@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lorasmith.errors import ConfigError
+from lorasmith.redaction import tree_without_secrets
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -249,7 +250,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def to_yaml(section: Section) -> str:
-    text: str = yaml.safe_dump(section.model_dump(), allow_unicode=True, sort_keys=False)
+    """What `read_yaml` reads; tokens and passwords are masked."""
+    tree = tree_without_secrets(section.model_dump())
+    text: str = yaml.safe_dump(tree, allow_unicode=True, sort_keys=False)
     return text
 
 

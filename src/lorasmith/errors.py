@@ -14,13 +14,19 @@ LorasmithError                 exit code
 
 from __future__ import annotations
 
+from lorasmith.redaction import without_secrets
+
 
 class LorasmithError(Exception):
-    """Base of all errors that a user can meet; the command line prints it without a traceback."""
+    """Base of all errors that a user can meet; the command line prints it without a traceback.
+
+    What libraries say of a failed request may hold tokens: they are masked here, where text becomes an error.
+    """
 
     exit_code = 1
 
     def __init__(self, what: str, *, where: str = "", why: str = "", fix: str = "") -> None:
+        what, where, why, fix = map(without_secrets, (what, where, why, fix))
         super().__init__(what)
         self.what, self.where, self.why, self.fix = what, where, why, fix
 

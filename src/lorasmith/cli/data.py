@@ -9,6 +9,7 @@ import typer
 
 from lorasmith.config import DataConfig, validate
 from lorasmith.errors import ConfigError, DataError
+from lorasmith.redaction import tree_without_secrets
 
 app = typer.Typer(help="Look at training rows before you train on them.", no_args_is_help=True)
 
@@ -85,7 +86,7 @@ def _add_verb(name: str, help_text: str) -> None:
         found = survey(file, config, writer, max_length=config.max_length)
         machine, text = data_view.SHOWS[name](found, data_view.Context(config, writer), count)
         if as_json:
-            typer.echo(json.dumps(machine, ensure_ascii=False))
+            typer.echo(json.dumps(tree_without_secrets(machine), ensure_ascii=False))
         else:
             Console().print(text, soft_wrap=True)
         if data_view.failed(found.report, config):

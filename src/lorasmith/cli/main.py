@@ -10,6 +10,7 @@ import typer
 
 from lorasmith.cli import chat, convert, data, demo, download, families, generate, merge, train
 from lorasmith.errors import LorasmithError
+from lorasmith.redaction import without_secrets
 
 app = typer.Typer(
     name="lorasmith",
@@ -45,11 +46,12 @@ def main() -> None:
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     warnings.showwarning = _one_line
+    sys.excepthook = _print_traceback
     try:
         app()
     except LorasmithError as error:
         if debug:
-            traceback.print_exception(error)
+            _print_traceback(type(error), error)
         else:
             typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
@@ -59,4 +61,9 @@ def main() -> None:
 
 
 def _one_line(message: Warning | str, *_: object, **__: object) -> None:
-    typer.echo(f"warning: {message}", err=True)
+    typer.echo(f"warning: {without_secrets(str(message))}", err=True)
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, *_: object) -> None:
+    """What a library says in its own errors may hold a token."""
+    typer.echo(without_secrets("".join(traceback.format_exception(error))), err=True, nl=False)

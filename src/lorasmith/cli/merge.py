@@ -11,6 +11,7 @@ from lorasmith.cli.options import Checkpoint
 from lorasmith.config import MergeLayout, ModelConfig, validate
 from lorasmith.errors import ConfigError
 from lorasmith.hub.files import read_json
+from lorasmith.redaction import tree_without_secrets
 
 
 def merge(
@@ -40,7 +41,7 @@ def merge(
     path = merge_run(run, output_dir=output_dir, **chosen)
     record = read_json(path / "merge.json")
     if json_:
-        typer.echo(json.dumps(record, indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(tree_without_secrets(record), indent=2, ensure_ascii=False))
         return
     typer.echo(f"wrote {path}: {record['architecture']}, {record['dtype']}, tokenizer {record['tokenizer']}")
     typer.echo(

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorasmith.redaction import without_secrets
+
 if TYPE_CHECKING:
     from lorasmith.api import Run
     from lorasmith.config import RunConfig
@@ -49,13 +51,13 @@ def train(
     recipe = _read(config, flags, set_ or [], resume)
     if dry_run:
         plan = plan_of(recipe)
-        typer.echo(json.dumps(asdict(plan)) if json_ else describe_plan(recipe, plan))
+        typer.echo(without_secrets(json.dumps(asdict(plan)) if json_ else describe_plan(recipe, plan)))
         return
     if json_:
         from lorasmith.training.progress import SilentReporter
 
         run = run_recipe(recipe, resume=resume, reporter=SilentReporter())
-        typer.echo(json.dumps(asdict(run), default=str))
+        typer.echo(without_secrets(json.dumps(asdict(run), default=str)))
         return
     typer.echo(describe_run(run_recipe(recipe, resume=resume, on_data=say_data)))
 
@@ -65,7 +67,7 @@ def say_data(data: Dataset) -> None:
     held_out = f", {len(data.held_out):,} held out" if data.held_out else ""
     typer.echo(f"data: {len(data):,} rows to train on{held_out} ({report.format}: {report.format_reason})")
     for warning in data.warnings:
-        typer.echo(f"warning: {warning}", err=True)
+        typer.echo(f"warning: {without_secrets(warning)}", err=True)
 
 
 def describe_plan(recipe: RunConfig, plan: Plan) -> str:

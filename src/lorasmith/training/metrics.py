@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from lorasmith.redaction import tree_without_secrets
 from lorasmith.training.storage import Storage
 
 METRICS_FILE = "metrics.jsonl"
@@ -25,7 +26,7 @@ class MetricsLog:
     def write(self, **values: Any) -> None:
         """Non-finite numbers become null: JSON has no NaN."""
         tree = {key: None if _not_finite(value) else value for key, value in values.items()}
-        self._storage.append(self._path, json.dumps(tree, ensure_ascii=False))
+        self._storage.append(self._path, json.dumps(tree_without_secrets(tree), ensure_ascii=False))
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -9,6 +9,8 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from lorasmith.redaction import without_secrets
+
 
 @dataclass(frozen=True)
 class StepLine:
@@ -50,7 +52,7 @@ class PlainReporter:
         print(describe(line), flush=True)
 
     def note(self, text: str) -> None:
-        print(text, flush=True)
+        print(without_secrets(text), flush=True)
 
     def finish(self) -> None:
         pass
@@ -76,7 +78,8 @@ class LiveReporter:
         self._progress.console.print(describe(line), highlight=False)
 
     def note(self, text: str) -> None:
-        self._progress.console.print(text, style="dim", highlight=False, markup=False)
+        shown = without_secrets(text)
+        self._progress.console.print(shown, style="dim", highlight=False, markup=False)
 
     def finish(self) -> None:
         self._progress.stop()
