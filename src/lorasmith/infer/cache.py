@@ -6,9 +6,12 @@ shared prefix, D = head size.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
@@ -51,6 +54,13 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyped
         super().reorder_cache(beam_idx)
         self._buffers = None
 
+    def gather(self, parts: Sequence[RoomyLayer]) -> None:
+        """The rows of all parts below each other, as many columns as the widest has; zeros on the left."""
+        widest = max(part.get_seq_length() for part in parts)
+        self.lazy_initialization(parts[0].keys, parts[0].values)
+        self.keys = torch.cat([_widened(part.keys, widest) for part in parts])
+        self.values = torch.cat([_widened(part.values, widest) for part in parts])
+
     def share_prefix(self, padding_B: Tensor) -> None:
         """One row of P columns becomes B rows, each shifted right by its padding and cut to P columns.
 
@@ -76,10 +86,24 @@ def keeps_everything(cache: Cache) -> bool:
     return bool(cache.layers) and all(type(layer) is RoomyLayer for layer in cache.layers)
 
 
-def share_prefix(cache: Cache, padding_B: Tensor) -> None:
-    """See `RoomyLayer.share_prefix`, of every layer. `keeps_everything` must hold."""
-    for layer in cache.layers:
+def shared_prefix(cache: Cache, padding_B: Tensor) -> Cache:
+    """See `RoomyLayer.share_prefix`; `cache` itself stays. `keeps_everything` must hold."""
+    copied = copy.copy(cache)
+    copied.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in copied.layers:
         layer.share_prefix(padding_B)
+    return copied
+
+
+def gathered(parts: Sequence[Cache]) -> Cache:
+    """One cache for the rows of all parts: see `RoomyLayer.gather`. `keeps_everything` must hold."""
+    if len(parts) == 1:
+        return parts[0]
+    whole = copy.copy(parts[0])
+    whole.layers = [RoomyLayer() for _ in parts[0].layers]
+    for index, layer in enumerate(whole.layers):
+        layer.gather([part.layers[index] for part in parts])
+    return whole
 
 
 def _with_room(past: Tensor, new: Tensor, num_past: int, columns: int) -> Tensor:
@@ -92,3 +116,7 @@ def _with_room(past: Tensor, new: Tensor, num_past: int, columns: int) -> Tensor
 def _by_row(x_1KPD: Tensor, from_BP: Tensor) -> Tensor:
     by_row_KBPD: Tensor = x_1KPD[0].index_select(1, from_BP.flatten()).unflatten(1, from_BP.shape)
     return by_row_KBPD.transpose(0, 1)
+
+
+def _widened(x_BKCD: Tensor, columns: int) -> Tensor:
+    return F.pad(x_BKCD, (0, 0, columns - x_BKCD.shape[-2], 0))

@@ -25,8 +25,8 @@ from lorasmith.model.model import Model
 from lorasmith.model.packed import base_module
 from lorasmith.types import Ints
 
-SHARE_FROM = 64
-"""A forward pass of its own for a shared start pays where it saves so many tokens."""
+PASS_COST = 64
+"""Tokens that a forward pass must save to pay for itself: below, reading the weights takes longer."""
 COMPACT_AT = 0.75
 """Rows that are done leave the batch, which copies its keys and values, when so many are left of it."""
 
@@ -48,7 +48,7 @@ def decode(
     repeats: Sequence[int] | None = None,
     on_token: Callable[[int], None] | None = None,
     interrupted: Callable[[], bool] | None = None,
-    share_from: int = SHARE_FROM,
+    pass_cost: int = PASS_COST,
     compact_at: float = COMPACT_AT,
 ) -> list[Decoded]:
     """Continue prompts (T_i,) up to a stop id, max_new_tokens or a full context, in the order given.
@@ -63,7 +63,7 @@ def decode(
     with torch.no_grad(), _evaluating(base):
         rows = Continuation(base, prompts, model.tokenizer.pad_id, context_length(model))
         batch = _Answers(prompts, rooms, config, draw_BN, stop_ids(model), base.device)
-        logits_RV = rows.start(share_from)
+        logits_RV = rows.start(pass_cost)
         while True:
             ids_R = batch.take(logits_RV)
             if on_token is not None:
