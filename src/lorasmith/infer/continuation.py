@@ -45,7 +45,7 @@ class Continuation:
             return self._start_packed()
         self._cache = new_cache(self._base) if self._remembers else None
         if self._cache is None or not keeps_everything(self._cache):
-            return self._forward(self._row_BC, self._mask_BC)
+            return self._forward(self._row_BC, self._mask_BC, self._hide_padding)
         shared = common_prefix(self._prompts)
         if shared * (len(self._prompts) - 1) < pass_cost:
             shared = 0
@@ -55,7 +55,8 @@ class Continuation:
         """Logits (B, V) behind one more token in each row."""
         self._row_BC = torch.cat([self._row_BC, ids_B[:, None]], dim=1)
         self._mask_BC = F.pad(self._mask_BC, (0, 1), value=1)
-        return self._forward(ids_B[:, None] if self._remembers else self._row_BC, self._mask_BC)
+        ids_BT = ids_B[:, None] if self._remembers else self._row_BC
+        return self._forward(ids_BT, self._mask_BC, self._hide_padding)
 
     def keep(self, rows: Tensor) -> None:
         """Go on with some of the rows, by their places."""
@@ -69,11 +70,12 @@ class Continuation:
         """Models whose state has another form (Mamba, RWKV) read all tokens again at every step."""
         return "past_key_values" in self._takes
 
-    def _forward(self, ids_BT: Tensor, mask_BC: Tensor) -> Tensor:
+    def _forward(self, ids_BT: Tensor, mask_BC: Tensor, hide_padding: bool) -> Tensor:
         """Of the last columns of the rows."""
-        hidden_BC = mask_BC if self._hide_padding and bool((mask_BC == 0).any()) else None
         return self._call(
-            ids_BT, position_ids=self._positions(mask_BC, ids_BT.shape[1]), attention_mask=hidden_BC
+            ids_BT,
+            position_ids=self._positions(mask_BC, ids_BT.shape[1]),
+            attention_mask=mask_BC if hide_padding else None,
         )
 
     def _positions(self, mask_BC: Tensor, columns: int) -> Tensor:
@@ -107,7 +109,7 @@ class Continuation:
             ids_GC, mask_GC = self._row_BC[rows, -width:], self._mask_BC[rows, -width:]
             padding_G = (mask_GC == 0).sum(-1)
             self._cache = new_cache(self._base) if prefix is None else shared_prefix(prefix, padding_G)
-            logits.append(self._forward(ids_GC[:, shared:], mask_GC))
+            logits.append(self._forward(ids_GC[:, shared:], mask_GC, bool(padding_G.any())))
             caches.append(self._cache)
         self._cache = gathered(caches)
         back_B = torch.from_numpy(np.argsort(order)).to(self._base.device)
@@ -118,7 +120,7 @@ class Continuation:
     def _read_prefix(self, row: int, shared: int) -> Cache | None:
         """The cache of the first tokens of a row that has no padding."""
         self._cache = new_cache(self._base)
-        self._forward(self._row_BC[row : row + 1, :shared], self._mask_BC[row : row + 1, :shared])
+        self._forward(self._row_BC[row : row + 1, :shared], self._mask_BC[row : row + 1, :shared], False)
         return self._cache
 
     def _start_packed(self) -> Tensor:
