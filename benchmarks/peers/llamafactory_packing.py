@@ -18,8 +18,7 @@ from typing import Any
 from measure import Job, Meter, MeterCallback, pack_length, read_job
 
 
-def main() -> None:
-    job = read_job()
+def main(job: Job) -> None:
     _without_audio()
     from llamafactory.data.processor.supervised import SupervisedDatasetProcessor
     from llamafactory.train.tuner import run_exp
@@ -62,6 +61,7 @@ def _register(num_rows: int, directory: Path) -> None:
 
 def _arguments(job: Job) -> dict[str, Any]:
     packs_per_step = job.options["packs"] * job.options["accumulate"]
+    length = pack_length(job.read_rows(), job.samples / packs_per_step)
     return {
         "model_name_or_path": job.model,
         "stage": "sft",
@@ -74,7 +74,7 @@ def _arguments(job: Job) -> dict[str, Any]:
         "dataset": "rows",
         "dataset_dir": job.output,
         "template": "empty",
-        "cutoff_len": pack_length(job.read_rows(), job.samples / packs_per_step),
+        "cutoff_len": -(-length // 8) * 8,  # its collator pads ids to multiples of 8, and positions not
         "packing": True,
         "neat_packing": True,
         "flash_attn": job.options["attention"],
@@ -98,4 +98,4 @@ def _arguments(job: Job) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    main(read_job())

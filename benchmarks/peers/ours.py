@@ -28,8 +28,7 @@ class MeterReporter(SilentReporter):
         self._meter.step_ended()
 
 
-def main() -> None:
-    job = read_job()
+def main(job: Job) -> None:
     meter = Meter(job)
     module = ls.load_module(job.model, dtype=job.dtype)
     examples = [_example(row) for row in job.read_rows()]
@@ -78,4 +77,4 @@ def _supervised(loader: object, job: Job) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    main(read_job())

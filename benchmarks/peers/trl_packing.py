@@ -6,14 +6,13 @@ Options: packs (packs a time), accumulate (micro-batches a step), attention. A s
 from __future__ import annotations
 
 from datasets import Dataset
-from measure import Meter, MeterCallback, load_model, pack_length, read_job
+from measure import Job, Meter, MeterCallback, load_model, pack_length, read_job
 from peft import LoraConfig
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 
-def main() -> None:
-    job = read_job()
+def main(job: Job) -> None:
     meter = Meter(job)
     model = load_model(job)
     model.set_attn_implementation(job.options["attention"])
@@ -51,4 +50,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(read_job())

@@ -13,8 +13,7 @@ from peft import LoraConfig, TaskType, get_peft_model
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 
-def main() -> None:
-    job = read_job()
+def main(job: Job) -> None:
     meter = Meter(job)
     tuned = job.options["tuned"]
     model = load_model(job)
@@ -62,4 +61,4 @@ def _arguments(job: Job, tuned: bool) -> TrainingArguments:
 
 
 if __name__ == "__main__":
-    main()
+    main(read_job())
