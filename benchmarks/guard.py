@@ -2,9 +2,8 @@
 
     python benchmarks/guard.py
 
-A ratio within one run means the same on every machine. Exits 1 if it falls below LEAST_RATIO, which lies far
-below what a quiet machine measures, so that a busy one does not fail. Needs no data: rows are random ids with the
-lengths of real ones and a shared beginning.
+A ratio within one run means the same on every machine. Exits 1 if it falls below LEAST_RATIO. Needs no data:
+rows are random ids with the lengths of real ones and a shared beginning.
 """
 
 from __future__ import annotations
