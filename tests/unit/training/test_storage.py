@@ -3,7 +3,7 @@ import os
 import pytest
 
 from lorasmith.errors import StorageError
-from lorasmith.training.storage import Storage
+from lorasmith.storage import Storage
 
 
 def test_a_directory_appears_whole_or_not_at_all(tmp_path):
