@@ -176,6 +176,7 @@ class Storage:
         """Out of sight by one rename, then deleted: a half-deleted directory is never listed."""
         trash = hidden_name("trash", path)
         self.rename(path, trash)
+        self.sync_dir(path.parent)
         self.delete_tree(trash)
 
     def remove_leftovers(self, directory: Path, of: str) -> None:
