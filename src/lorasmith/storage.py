@@ -93,9 +93,8 @@ class Storage:
 
     def create(self, path: Path, data: bytes) -> None:
         """Write a new file and sync it. A symlink in its place is not followed."""
-        with told(path, needed=len(data)), self._opened(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as file:
-            self._write(file, data)
-            self.disk.sync(file)
+        with told(path, needed=len(data)):
+            self._create(path, data)
 
     def append(self, path: Path, line: str) -> None:
         """A line at the end, synced; after a crash it is there, not there, or cut short."""
@@ -145,8 +144,8 @@ class Storage:
     def replace(self, path: Path, data: bytes) -> None:
         """Old content or new content, never a mixture."""
         temporary = hidden_name("tmp", path)
-        with self._cleaned_up(temporary):
-            self.create(temporary, data)
+        with told(path, needed=len(data)), self._cleaned_up(temporary):
+            self._create(temporary, data)
             self.rename(temporary, path)
         self.sync_dir(path.parent)
 
@@ -207,6 +206,11 @@ class Storage:
             yield descriptor
         finally:
             self.disk.close(descriptor)
+
+    def _create(self, path: Path, data: bytes) -> None:
+        with self._opened(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as file:
+            self._write(file, data)
+            self.disk.sync(file)
 
     def _write(self, descriptor: int, data: bytes) -> None:
         rest = memoryview(data)

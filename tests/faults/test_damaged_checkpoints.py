@@ -8,9 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from arena import Arena
+from modules import tiny_module
 
-from lorasmith.training.checkpoint import damage, list_checkpoints, newest_checkpoint
+from lorasmith.errors import CheckpointError
+from lorasmith.training.checkpoint import damage, list_checkpoints, newest_checkpoint, restore
 
 FILES = (
     "MANIFEST.json",
@@ -99,6 +102,18 @@ def test_the_one_before_gives_the_same_adapter(arena: Arena, name: str) -> None:
     run_dir = arena.copy_of(arena.two_checkpoints)
     flip(list_checkpoints(run_dir)[-1] / name)
     assert arena.faults_of_resume(run_dir) == []
+
+
+def test_a_damaged_best_checkpoint_is_not_restored(arena: Arena) -> None:
+    """The best one is read again at the end of a run: what was flipped since is no result."""
+    newest = list_checkpoints(arena.copy_of(arena.two_checkpoints))[-1]
+    module = tiny_module("llama3", num_hidden_layers=1)
+    flip(newest / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="step-000004 is damaged"):
+        restore(newest, module, torch.optim.AdamW(module.parameters()))
+    shutil.rmtree(newest)
+    with pytest.raises(CheckpointError, match="No such file"):
+        restore(newest, module, torch.optim.AdamW(module.parameters()))
 
 
 def test_the_harness_finds_a_resume_that_asks_no_manifest(arena: Arena) -> None:

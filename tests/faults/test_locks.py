@@ -65,6 +65,16 @@ def test_the_second_is_told_who_holds_it_until_that_one_dies(tmp_path: Path) -> 
         assert not (tmp_path / LOCK_FILE).exists()
 
 
+def test_the_command_line_tells_it_before_it_looks_at_a_model(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lorasmith", "train", "--model", "nowhere", "--data", "nothing.jsonl"]
+    with owner(tmp_path) as process:
+        done = subprocess.run([*command, "--output-dir", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 4
+    assert done.stderr.startswith("error: another run is writing in this directory\n")
+    assert f"process {process.pid} on" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_it_is_given_back_with_every_error(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), run_lock(Storage(), tmp_path, SilentReporter()):
         raise KeyboardInterrupt

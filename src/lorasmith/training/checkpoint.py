@@ -1,7 +1,7 @@
 """Checkpoints: what a resume needs, published by one rename, checked by a manifest before it is trusted.
 
-MANIFEST.json: {"format": 2, "files": {name: {"size": bytes, "sha256": hex}},
-"fingerprints": {"config": hex, "data": hex, "base": hex}}. Only safetensors and JSON: nothing that is read can run code.
+MANIFEST.json: {"format": 2, "files": {name: {"size": bytes, "sha256": hex}}, "fingerprints": {of: hex}},
+where "of" is config, data and base. Only safetensors and JSON: nothing that is read can run code.
 """
 
 from __future__ import annotations
@@ -176,7 +176,14 @@ def require_same_run(state: TrainState, depends_on: Mapping[str, Any], path: Pat
 
 
 def restore(path: Path, model: peft.PeftModel, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's adapter and moments back, bit by bit."""
+    """Put a checkpoint's adapter and moments back, bit by bit.
+
+    Raises: CheckpointError, before anything is changed, if it is not what was written.
+    """
+    problem = damage(path)
+    if problem is not None:
+        fix = "the other checkpoints stand: chat, generate and merge take one by --checkpoint"
+        raise CheckpointError(f"{path.name} is damaged", where=str(path), why=problem, fix=fix)
     tensors = load_file(path / _OPTIMIZER)
     if not any(key.endswith(_VALUE) for key in tensors):
         restore_adapter(model, path)

@@ -7,10 +7,12 @@ Linux 2.6.12, or mounted without locks, two machines do not see each other's loc
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import socket
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -21,6 +23,8 @@ from lorasmith.storage import Storage, told
 from lorasmith.training.progress import Reporter
 
 LOCK_FILE = "run.lock"
+_A_LOOK = 0.05
+"""Seconds, longer than `refuse_if_locked` takes: its look is no owner."""
 _NO_LOCKS_HERE = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
 
 
@@ -47,6 +51,24 @@ def run_lock(storage: Storage, run_dir: Path, reporter: Reporter) -> Iterator[No
         os.close(descriptor)
 
 
+def refuse_if_locked(run_dir: Path) -> None:
+    """For a first look, before anything is read or loaded. Raises: SetupError as `run_lock`."""
+    path = run_dir / LOCK_FILE
+    if not path.is_file():
+        return
+    with told(path):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _held_by(os.pread(descriptor, 4096, 0), path) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS_HERE:
+                raise
+        finally:
+            os.close(descriptor)
+
+
 def _locked(storage: Storage, path: Path, reporter: Reporter) -> int:
     while True:
         descriptor = storage.disk.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK)
@@ -64,7 +86,11 @@ def _locked(storage: Storage, path: Path, reporter: Reporter) -> int:
 
 def _lock(storage: Storage, descriptor: int, path: Path, reporter: Reporter) -> None:
     try:
-        storage.disk.lock(descriptor)
+        try:
+            storage.disk.lock(descriptor)
+        except BlockingIOError:
+            time.sleep(_A_LOOK)
+            storage.disk.lock(descriptor)
     except BlockingIOError:
         raise _held_by(os.pread(descriptor, 4096, 0), path) from None
     except OSError as error:
