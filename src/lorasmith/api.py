@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from lorasmith.model.model import Model
     from lorasmith.storage import Storage
     from lorasmith.text.template import ChatFormat
+    from lorasmith.training.loop import FitResult
     from lorasmith.training.progress import Reporter
 
 
@@ -207,9 +208,7 @@ def train(
         result = session.run((lambda rows: mean_loss(rows, kept_out.epoch())) if kept_out else None)
     if tuned:
         tuned.module, tuned.system = session.model, rows.system
-    how_it_ended = asdict(result)
-    del how_it_ended["total_steps"]
-    return Run(output_dir=session.run_dir, **how_it_ended)
+    return _ended(session.run_dir, result)
 
 
 def chat(model: Model, messages: Sequence[Message], *, generate: GenerateConfig | None = None) -> Completion:
@@ -243,6 +242,12 @@ def evaluate(model: Model, data: Dataset | Sequence[Example], *, max_tokens: int
     model.module.eval()
     loss = held_out_loss(model.module, loader.epoch())
     return Evaluation(loss, math.exp(loss), loader.num_targets)
+
+
+def _ended(run_dir: Path, result: FitResult) -> Run:
+    how = asdict(result)
+    del how["total_steps"]
+    return Run(output_dir=run_dir, **how)
 
 
 def _examples_of(data: Dataset | Sequence[Example]) -> tuple[Sequence[Example], Sequence[Example]]:
