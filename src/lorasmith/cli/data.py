@@ -68,7 +68,7 @@ def _add_verb(name: str, help_text: str) -> None:
 
         from lorasmith import api
         from lorasmith.cli import data_view
-        from lorasmith.data.dataset import survey
+        from lorasmith.data.survey import survey
         from lorasmith.families.opening import context_length
 
         writer = api.load_chat_format(model, family=family, chat_format=chat_format, hub=hub)
