@@ -10,7 +10,12 @@ import typer
 from lorasmith.config import DataConfig, validate
 from lorasmith.errors import ConfigError, DataError
 
-app = typer.Typer(help="Look at training rows before you train on them.", no_args_is_help=True)
+app = typer.Typer(
+    help="Look at training rows before you train on them.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
 
 File = Annotated[
     str, typer.Argument(help="A .json, .jsonl, .csv, .parquet file, also .gz, or a hub data set.")

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from lorasmith.config import DataConfig
 from lorasmith.data.entry_file import BadEntry, Entry, is_in_use, read_entry, write_entry
-from lorasmith.errors import DataError
+from lorasmith.errors import LorasmithError
 from lorasmith.text.template import ChatFormat
 from lorasmith.types import Conversation, Message, Role
 
@@ -52,9 +52,9 @@ class Cache:
         path = self._path(key)
         try:
             entry = read_entry(path, key)
-        except FileNotFoundError:
+        except OSError:  # none there, or none to be had: storing one will tell why
             return None
-        except (BadEntry, ValueError, KeyError, OSError) as error:
+        except (BadEntry, ValueError, KeyError) as error:
             warnings.warn(f"a file of the data cache is not used: {error} ({path})", stacklevel=2)
             return None
         with suppress(OSError):  # it was used now; a directory that is not ours to write stays as it is
@@ -148,7 +148,7 @@ def _probed(chat_format: ChatFormat) -> list[Any]:
 def _encoded(chat_format: ChatFormat, turns: tuple[tuple[Role, str], ...]) -> list[list[int]] | str:
     try:
         example = chat_format.encode(Conversation(tuple(Message(*turn) for turn in turns), "probe"))
-    except DataError as error:
+    except LorasmithError as error:
         return str(error)
     return [example.input_ids.tolist(), example.labels.tolist()]
 
