@@ -176,11 +176,14 @@ class FlatRows:
     @classmethod
     def of(cls, examples: Iterable[Example]) -> FlatRows:
         rows = tuple(examples)
+        lengths = np.array([len(row) for row in rows], np.int64)
+        labels_N = _end_to_end([row.labels for row in rows])
+        targets_before = offsets_of(labels_N != IGNORE_INDEX)
         return cls(
             _end_to_end([row.input_ids for row in rows]),
-            _end_to_end([row.labels for row in rows]),
-            np.array([len(row) for row in rows], np.int64),
-            np.array([row.num_targets for row in rows], np.int64),
+            labels_N,
+            lengths,
+            np.diff(targets_before[offsets_of(lengths)]),
             Texts.of(row.origin for row in rows),
         )
 

@@ -68,12 +68,10 @@ def encode_chunk(conversations: Sequence[Conversation], chat_format: ChatFormat)
         encoded: Sequence[Example | BadRow] = chat_format.encode_all(conversations)
     except DataError:
         encoded = [_encode_one(conversation, chat_format) for conversation in conversations]
-    checked = [_refuse_nothing_to_learn(row) for row in encoded]
-    return EncodedChunk(
-        FlatRows.of(row for row in checked if isinstance(row, Example)),
-        tuple(index for index, row in enumerate(checked) if isinstance(row, Example)),
-        tuple(row for row in checked if isinstance(row, BadRow)),
-    )
+    chunk = _laid_out(encoded)
+    if chunk.rows.target_counts.all():
+        return chunk
+    return _laid_out([_refuse_nothing_to_learn(row) for row in encoded])
 
 
 def fit_length(examples: Examples, max_length: int | None, over_length: OverLength) -> EncodeResult:
@@ -97,6 +95,14 @@ def fit_length(examples: Examples, max_length: int | None, over_length: OverLeng
         kept,
         dropped=examples.origins(np.flatnonzero(~stays)),
         truncated=examples.origins(np.flatnonzero(stays & is_longer)),
+    )
+
+
+def _laid_out(encoded: Sequence[Example | BadRow]) -> EncodedChunk:
+    return EncodedChunk(
+        FlatRows.of(row for row in encoded if isinstance(row, Example)),
+        tuple(index for index, row in enumerate(encoded) if isinstance(row, Example)),
+        tuple(row for row in encoded if isinstance(row, BadRow)),
     )
 
 

@@ -59,7 +59,7 @@ def rows(tmp_path: Path) -> Path:
 
 
 def look(rows: Path, chat_format: ChatFormat, cache: Cache, **config: Any) -> Survey:
-    return survey(str(rows), DataConfig(train=str(rows), **config), chat_format, max_length=60, cache=cache)
+    return survey(str(rows), DataConfig(train=str(rows), **config), chat_format, max_length=30, cache=cache)
 
 
 def entries(cache: Cache) -> list[Path]:
@@ -84,7 +84,7 @@ def test_warm_is_cold_and_reads_no_row(
     rows: Path, chat_format: ChatFormat, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bare = survey(
-        str(rows), DataConfig(train=str(rows), cache=False), chat_format, max_length=60, cache=cache
+        str(rows), DataConfig(train=str(rows), cache=False), chat_format, max_length=30, cache=cache
     )
     assert not cache.directory.exists()
     cold = look(rows, chat_format, cache)
