@@ -121,8 +121,9 @@ class FastTokenizer(Tokenizer):
 
     def fingerprint(self) -> str:
         """Of the vocabulary as it is in use, so of a repaired one as repaired."""
-        parts = json.dumps([self._backend.to_str(), self.named, self.chat_template])
-        return hashlib.sha256(parts.encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps([self.named, self.chat_template]).encode())
+        digest.update(self._backend.to_str().encode())
+        return digest.hexdigest()
 
     def _named_id(self, name: str) -> int | None:
         token = self.named.get(name)
