@@ -4,8 +4,8 @@ Rows in a persona's style (short, Chinese and English, some twice, some with ano
 from a seed, then read, checked and encoded with the embedded model's tokenizer and chat template, cold and
 from the cache, and planned: a Loader over them gives 200 steps. Every size runs in two fresh processes, so
 that peak memory is its own. CPU time is that of all processes: it says what a row costs also where other
-programs run. Writes data_scale.json and data_scale.png beside this file; --quick does ten thousand rows and
-writes nothing.
+programs run. Writes data_scale.json and data_scale.png beside this file, with --sizes only these sizes anew;
+--quick does ten thousand rows and writes nothing.
 """
 
 from __future__ import annotations
@@ -212,15 +212,22 @@ def main() -> None:
     if chosen.measure:
         print(json.dumps(measure(chosen.measure, chosen.workers)))
         return
-    results = []
     with tempfile.TemporaryDirectory() as directory:
         for count in SIZES[:1] if chosen.quick else chosen.sizes:
-            results.append(measure_size(count, Path(directory), chosen.workers))
-            print(table(results).splitlines()[-1] if len(results) > 1 else table(results), flush=True)
-    if chosen.quick or tuple(chosen.sizes) != SIZES:
-        return
-    told = {"date": date.today().isoformat(), "machine": machine(), "steps": STEPS, "results": results}
-    (HERE / "data_scale.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+            result = measure_size(count, Path(directory), chosen.workers)
+            print(table([result]), flush=True)
+            if not chosen.quick:
+                keep(result)
+
+
+def keep(result: dict[str, Any]) -> None:
+    """Into the table of all sizes, in place of what was measured for this one before."""
+    path = HERE / "data_scale.json"
+    known = json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else []
+    others = [other for other in known if other["rows"] != result["rows"]]
+    stamped = result | {"date": date.today().isoformat(), "machine": machine()}
+    results = sorted([*others, stamped], key=lambda other: int(other["rows"]))
+    path.write_text(json.dumps({"steps": STEPS, "results": results}, indent=1) + "\n", encoding="utf-8")
     draw(results, HERE / "data_scale.png")
 
 
