@@ -173,7 +173,7 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
         left.plot(counts, per_row, marker="o", color=colour, label=label)
         memory = [result[name]["rss_gb"] for result in results]
         right.plot(counts, memory, marker="o", color=colour, label=label)
-    left.set(title="CPU time per row, all processes", ylabel="microseconds", yscale="log", ylim=(1, 1000))
+    left.set(title="CPU time per row, all processes", ylabel="microseconds", yscale="log", ylim=(0.1, 1000))
     right.set(title="Peak memory of the process", ylabel="GB", ylim=(0, LIMIT_GB * 1.1))
     right.axhline(LIMIT_GB, color="#888888", linestyle="--", linewidth=1)
     right.annotate(
