@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from lorasmith.config import (
     DataConfig,
@@ -171,6 +172,7 @@ def train(
     Raises: SetupError if a run lies in `output_dir` and `resume` is False, or another one is writing there;
     DataError for examples that this model cannot take; DivergedError; StorageError.
     """
+    from lorasmith.data.columns import largest_id
     from lorasmith.data.dataset import Dataset, fingerprint
     from lorasmith.data.loader import held_out_loader, training_loader
     from lorasmith.evaluation.loss import mean_loss
@@ -198,7 +200,7 @@ def train(
             family_targets=tuned.family.target_modules if tuned else None,
             chat=_chat_settings(tuned, rows.system) if tuned else None,
             data_fingerprint=fingerprint(examples),
-            largest_id=max(int(example.input_ids.max()) for example in chain(examples, held_out)),
+            largest_id=max(largest_id(examples), largest_id(held_out)),
             held_out=bool(held_out),
             resume=resume,
             reporter=reporter,
@@ -252,10 +254,11 @@ def _ended(run_dir: Path, result: FitResult) -> Run:
 
 def _examples_of(data: Dataset | Sequence[Example]) -> tuple[Sequence[Example], Sequence[Example]]:
     """Training and held-out examples. Raises: DataError if there is nothing to train on."""
+    from lorasmith.data.columns import target_counts_of
     from lorasmith.data.dataset import Dataset
 
     examples, held_out = (data.examples, data.held_out) if isinstance(data, Dataset) else (data, ())
-    silent = [example.origin for example in examples if example.num_targets == 0]
+    silent = [examples[row].origin for row in np.flatnonzero(target_counts_of(examples) == 0).tolist()]
     if silent:
         raise DataError(
             f"{len(silent)} examples have nothing to learn: every label is masked",

@@ -90,7 +90,8 @@ class TemplateFormat(ChatFormat):
             if message["role"] != "assistant":
                 continue
             prompt = self._plain(script.messages[:index], add_generation_prompt=True)
-            upto = self._plain(script.messages[: index + 1], add_generation_prompt=False)
+            is_last = index + 1 == len(script.messages)  # then `full` is that very text
+            upto = full if is_last else self._plain(script.messages[: index + 1], add_generation_prompt=False)
             if not upto.startswith(prompt):
                 raise _not_a_prefix(
                     index, "the prompt for it is not how the trained text begins", prompt, upto
@@ -167,6 +168,8 @@ class _Script:
         return f"{self.word}{len(self.originals) - 1}q"
 
     def reveal(self, text: str) -> str:
+        if not self.originals:
+            return text
         return re.sub(f"{self.word}([0-9]+)q", lambda match: self.originals[int(match[1])], text)
 
 

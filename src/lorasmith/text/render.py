@@ -29,9 +29,11 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, variables: Mapping[str, str], now: datetime | None = None) -> None:
+        now = now or datetime.now()
+        self._made_of = (source, dict(variables), now)
         self._variables = dict(variables)
         try:
-            self._template = _environment(now or datetime.now()).from_string(source)
+            self._template = _environment(now).from_string(source)
         except TemplateSyntaxError as error:
             raise FamilyError(
                 "the model's chat template is not valid jinja",
@@ -39,6 +41,12 @@ class ChatTemplate:
                 why=str(error.message),
                 fix="get the model's chat_template.jinja and tokenizer_config.json again",
             ) from None
+        # jinja keeps a chain of maps here, and walks it at every rendering: a third of the time.
+        self._template.globals = dict(self._template.globals)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """jinja's own objects do not travel to another process: there it is made anew, at the same moment."""
+        return ChatTemplate, self._made_of
 
     def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
         """The conversation as one string, with the span marks still in it.
