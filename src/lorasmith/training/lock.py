@@ -36,6 +36,7 @@ def run_lock(storage: Storage, run_dir: Path, reporter: Reporter) -> Iterator[No
     """
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError("train.output_dir is a file", where=str(run_dir), fix="name a directory")
+    is_new = not run_dir.exists()
     storage.make_dir(run_dir)
     path = run_dir / LOCK_FILE
     with told(path):
@@ -49,6 +50,9 @@ def run_lock(storage: Storage, run_dir: Path, reporter: Reporter) -> Iterator[No
         with suppress(OSError):  # the lock goes with the descriptor; the file alone means nothing
             storage.disk.remove_file(path)
         os.close(descriptor)
+        if is_new:
+            with suppress(OSError):  # a run that was refused leaves no empty directory behind
+                run_dir.rmdir()
 
 
 def refuse_if_locked(run_dir: Path) -> None:
