@@ -33,7 +33,7 @@ def main(job: Job) -> None:
     module = ls.load_module(job.model, dtype=job.dtype)
     examples = [_example(row) for row in job.read_rows()]
     train = _train_config(job, len(examples))
-    loader = training_loader(examples, train)
+    loader = training_loader(examples, train, packed=True)
     counts = []
     for step in range(job.steps):
         # A row's last token is only predicted, so one more of it is real than is computed.
