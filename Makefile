@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 SHELL  := bash
 
-.PHONY: demo test test-slow check docs clean
+.PHONY: demo test test-slow check guard docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/lorasmith demo
@@ -20,6 +20,9 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+guard: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/guard.py
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/python scripts/write_reference.py

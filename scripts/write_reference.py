@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer.main
 import yaml
 from pydantic.fields import FieldInfo
+from typer.core import TyperGroup
 
 from lorasmith import errors
 from lorasmith.cli.main import app
@@ -137,8 +138,9 @@ def cli_page() -> str:
 
 
 def _verbs(path: str, group: Any) -> Iterator[tuple[str, Any]]:
-    for name, command in group.commands.items():
-        if hasattr(command, "commands"):
+    for name in group.list_commands(None):
+        command = group.get_command(None, name)
+        if isinstance(command, TyperGroup):
             yield from _verbs(f"{path} {name}", command)
         else:
             yield f"{path} {name}", command

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
 # Tiny tensors: more threads only wait for each other. Before torch is loaded, and for every subprocess too.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Tests neither read nor fill the user's own cache; one of their own is gone with the process.
+_CACHE = tempfile.TemporaryDirectory(prefix="lorasmith-cache-")
+os.environ["LORASMITH_CACHE"] = _CACHE.name
 
 _SHARED = Path(__file__).resolve().parents[2] / "shared"
 

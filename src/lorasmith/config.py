@@ -82,6 +82,9 @@ class DataConfig(Section):
     on_bad_row: Literal["error", "skip"] = Field(
         "error", description="skip writes the bad rows to rejects.jsonl and goes on with the others."
     )
+    cache: bool = Field(
+        True, description="Keep the encoded rows in the user's cache directory ($LORASMITH_CACHE moves it)."
+    )
 
 
 class LoraConfig(Section):

@@ -9,9 +9,9 @@ import pytest
 from lorasmith.errors import LorasmithError, SetupError
 from lorasmith.exporting.staging import staged
 from lorasmith.hub.links import refuse_links
+from lorasmith.storage import Storage
 from lorasmith.training.progress import SilentReporter
 from lorasmith.training.run_dir import open_run_dir
-from lorasmith.training.storage import Storage
 
 NAMES = [
     "config.yaml",
@@ -56,7 +56,7 @@ def test_the_output_directory_itself_may_be_reached_by_a_link(tmp_path: Path, vi
 def test_a_merge_replaces_no_link(tmp_path: Path, victim: Path) -> None:
     (victim / "file").unlink()
     (tmp_path / "merged").symlink_to(victim)
-    with pytest.raises(LorasmithError, match="is a symbolic link"), staged(tmp_path / "merged"):
+    with pytest.raises(LorasmithError, match="is a symbolic link"), staged(Storage(), tmp_path / "merged"):
         pass
     assert list(victim.iterdir()) == []
 

@@ -11,7 +11,12 @@ from lorasmith.config import DataConfig, validate
 from lorasmith.errors import ConfigError, DataError
 from lorasmith.redaction import tree_without_secrets
 
-app = typer.Typer(help="Look at training rows before you train on them.", no_args_is_help=True)
+app = typer.Typer(
+    help="Look at training rows before you train on them.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
 
 File = Annotated[
     str, typer.Argument(help="A .json, .jsonl, .csv, .parquet file, also .gz, or a hub data set.")
@@ -69,7 +74,7 @@ def _add_verb(name: str, help_text: str) -> None:
 
         from lorasmith import api
         from lorasmith.cli import data_view
-        from lorasmith.data.dataset import survey
+        from lorasmith.data.survey import survey
         from lorasmith.families.opening import context_length
 
         writer = api.load_chat_format(model, family=family, chat_format=chat_format, hub=hub)

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 from rich.text import Text
 
 from lorasmith.config import DataConfig
 from lorasmith.data.check import DataReport, TokenStats
-from lorasmith.data.dataset import Survey
 from lorasmith.data.encode import fit_length
+from lorasmith.data.survey import Survey
 from lorasmith.errors import DataError
 from lorasmith.text.template import ChatFormat
 from lorasmith.types import IGNORE_INDEX, Example
@@ -42,7 +43,8 @@ def stats(found: Survey, context: Context, count: int) -> tuple[dict[str, Any], 
         raise DataError(
             f"{found.report.source} has no row that can be trained on", fix="lorasmith data check"
         )
-    longest = sorted(found.examples, key=len, reverse=True)[:count]
+    order = np.argsort(-found.examples.lengths, kind="stable")[:count]
+    longest = [found.examples[int(row)] for row in order]
     machine = found.report.to_json()["tokens"] | {
         "conversations": found.report.conversations,
         "longest_rows": {example.origin: len(example) for example in longest},

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from lorasmith.data.dataset import Dataset
     from lorasmith.model.model import Model
 
 ASSETS = resources.files("lorasmith") / "assets"
@@ -20,11 +21,10 @@ def demo(
 ) -> None:
     """Give a tiny model a new voice: about a minute on a laptop's CPU, no network."""
     from lorasmith import api
-    from lorasmith.cli.train import describe_run, say_data
+    from lorasmith.cli.train import describe_run
     from lorasmith.config import load_run_config
     from lorasmith.recipe import run as run_recipe
 
-    _use_two_threads()
     run_dir = unused_dir(Path(output_dir))
     questions = read_questions()
     recipe = load_run_config(
@@ -35,13 +35,10 @@ def demo(
             "train.output_dir": str(run_dir),
         },
     )
-    typer.echo(
-        f"The embedded base model answers {len(questions)} held-out questions, learns a voice from the"
-    )
-    typer.echo("embedded persona, and answers the same questions again.\n")
-    before = answer(api.load_model(str(ASSETS / "tiny"), dtype=recipe.model.dtype), questions)
-    run = run_recipe(recipe, on_data=say_data)
-    after = answer(api.load_model(str(run_dir), dtype=recipe.model.dtype), questions)
+    typer.echo("The embedded base model learns a voice from the embedded persona; then it answers")
+    typer.echo(f"{len(questions)} held-out questions, as it was before and as it is after.\n")
+    run = run_recipe(recipe, on_data=_say_data_and_load_torch)
+    before, after = answers(api.load_model(str(run_dir), dtype=recipe.model.dtype), questions)
     _show(questions, before, after)
     typer.echo(
         f"in the persona: {share(questions, before)} of {len(questions)} answers before, "
@@ -53,10 +50,14 @@ def demo(
     typer.echo("yours    lorasmith train --model DIR_OR_NAME --data rows.json --output-dir runs/mine")
 
 
-def _use_two_threads() -> None:
-    """Its tensors are tiny: more threads only wait for each other, for long where other programs run."""
+def _say_data_and_load_torch(data: Dataset) -> None:
+    """Torch takes seconds to load: what is known without it is told first."""
+    from lorasmith.cli.train import say_data
+
+    say_data(data)
     import torch
 
+    # Its tensors are tiny: more threads only wait for each other, for long where other programs run.
     torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
@@ -64,6 +65,15 @@ def read_questions() -> list[dict[str, object]]:
     """The held-out questions: {"instruction", "facts": [...]}; an answer that states a fact is in persona."""
     text = (ASSETS / "persona_heldout.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
+
+
+def answers(model: Model, questions: list[dict[str, object]]) -> tuple[list[str], list[str]]:
+    """What the base model says and what the tuned one says: one model, its adapter switched off and on."""
+    from lorasmith.infer.chat import without_adapter
+
+    with without_adapter(model):
+        before = answer(model, questions)
+    return before, answer(model, questions)
 
 
 def answer(model: Model, questions: list[dict[str, object]]) -> list[str]:

@@ -5,15 +5,78 @@ from __future__ import annotations
 import sys
 import traceback
 import warnings
+from importlib import import_module
+from typing import Any, NamedTuple, cast
 
 import typer
+import typer.main
+from typer.core import TyperGroup
 
-from lorasmith.cli import chat, convert, data, demo, download, families, generate, merge, train
 from lorasmith.errors import LorasmithError
 from lorasmith.redaction import without_secrets
 
+
+class Verb(NamedTuple):
+    """Where a verb lives, and what the help of the whole says of it (a test holds it to the verb's own)."""
+
+    module: str
+    name: str
+    help: str
+
+
+VERBS = {
+    "demo": Verb(
+        "demo", "demo", "Give a tiny model a new voice: about a minute on a laptop's CPU, no network."
+    ),
+    "train": Verb("train", "train", "Fine-tune a LoRA adapter."),
+    "chat": Verb("chat", "chat", "Talk to a model or a run; piped in, each line is a prompt."),
+    "generate": Verb("generate", "generate", "Answer a file of prompts."),
+    "merge": Verb("merge", "merge", "Merge an adapter into its base model."),
+    "convert": Verb(
+        "convert",
+        "convert",
+        "Convert a Baichuan2 or ChatGLM3 adapter to the native layout of its model, or back.",
+    ),
+    "families": Verb("families", "families", "List the model families."),
+    "download": Verb(
+        "download", "download", "Fetch a model's files (never its code); prints their directory."
+    ),
+    "data": Verb("data", "app", "Look at training rows before you train on them."),
+}
+
+
+class LazyVerbs(TyperGroup):
+    """A group that imports a verb's file when that verb is called, or its own help is asked."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands = cast(Any, dict.fromkeys(VERBS))  # the names, for "did you mean"
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The verb itself, with its options; None if there is none of this name."""
+        if cmd_name not in VERBS:
+            return None
+        verb = VERBS[cmd_name]
+        found = getattr(import_module(f"lorasmith.cli.{verb.module}"), verb.name)
+        if not isinstance(found, typer.Typer):
+            run, found = found, typer.Typer(add_completion=False, rich_markup_mode=None)
+            found.command()(run)
+        command = typer.main.get_command(found)
+        command.name = cmd_name
+        return command
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """The names and one line each, from the table above: nothing is imported for it."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, verb.help) for name, verb in VERBS.items()])
+
+
 app = typer.Typer(
     name="lorasmith",
+    cls=LazyVerbs,
     help="Give an open chat model a new voice: LoRA fine-tuning you can trust.",
     no_args_is_help=True,
     add_completion=False,
@@ -21,15 +84,6 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: rich takes a fifth of a second to load
     epilog="Any verb takes --debug, which shows the traceback of an error.",
 )
-app.command("demo")(demo.demo)
-app.command("train")(train.train)
-app.command("chat")(chat.chat)
-app.command("generate")(generate.generate)
-app.command("merge")(merge.merge)
-app.command("convert")(convert.convert)
-app.add_typer(data.app, name="data")
-app.command("families")(families.families)
-app.command("download")(download.download)
 
 
 @app.callback(invoke_without_command=True)

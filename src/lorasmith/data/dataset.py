@@ -4,46 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import unicodedata
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import chain
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import overload
 
+import numpy as np
+from numpy.typing import NDArray
+
 from lorasmith.config import DataConfig
-from lorasmith.data.check import DataReport, describe, find, over_length_rows, prompt_of, token_stats
-from lorasmith.data.conversation import (
-    TYPO,
-    Detection,
-    RowRules,
-    check_columns,
-    detect_format,
-    to_conversation,
-    unread_columns,
-)
-from lorasmith.data.encode import EncodeResult, encode_or_refuse, fit_length
-from lorasmith.data.records import KINDS, BadRow, Record, Row, bad_rows_error, read_records, table_rows
-from lorasmith.data.source import DEFAULT_LIMITS
-from lorasmith.errors import ConfigError, DataError, SetupError, StorageError
+from lorasmith.data.check import DataReport
+from lorasmith.data.columns import Conversations, Examples, blocks_of, offsets_of, spread
+from lorasmith.data.encode import EncodeResult, fit_length
+from lorasmith.data.findings import prompt_of
+from lorasmith.data.records import bad_rows_error
+from lorasmith.data.survey import Survey, survey
+from lorasmith.errors import DataError, StorageError
 from lorasmith.hub.links import refuse_links
 from lorasmith.text.template import ChatFormat
-from lorasmith.types import Conversation, Example, Message
-
-_DETECTION_ROWS = 200
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+from lorasmith.types import Conversation, Example, Ints, Message
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset(Sequence[Example]):
     """The examples to train on, in the order of their rows; `conversations[i]` became `examples[i]`."""
 
-    examples: tuple[Example, ...]
-    conversations: tuple[Conversation, ...]
-    held_out: tuple[Example, ...]
-    held_out_conversations: tuple[Conversation, ...]
+    examples: Examples
+    conversations: Conversations
+    held_out: Examples
+    held_out_conversations: Conversations
     report: DataReport
     config: DataConfig
     """How it was loaded: a run records it, and chat takes its system prompt."""
@@ -59,22 +49,13 @@ class Dataset(Sequence[Example]):
     @overload
     def __getitem__(self, index: int) -> Example: ...
     @overload
-    def __getitem__(self, index: slice) -> tuple[Example, ...]: ...
-    def __getitem__(self, index: int | slice) -> Example | tuple[Example, ...]:
+    def __getitem__(self, index: slice) -> Examples: ...
+    def __getitem__(self, index: int | slice) -> Example | Examples:
         return self.examples[index]
 
     @property
     def fingerprint(self) -> str:
         return fingerprint(self.examples)
-
-
-@dataclass(frozen=True)
-class Survey:
-    """A source, read and encoded, before anything is decided: `examples[i]` is `conversations[i]`, uncut."""
-
-    report: DataReport
-    conversations: tuple[Conversation, ...]
-    examples: tuple[Example, ...]
 
 
 def load(
@@ -97,12 +78,17 @@ def load(
     _settle_bad_rows(reports, config, rejects_path)
     training, held_out = surveys if len(surveys) == 2 else _split_survey(surveys[0], config.eval)
     train_fit = _fit(training, max_length, config, purpose="train on")
-    held_fit = _fit(held_out, max_length, config, purpose="hold out") if held_out else EncodeResult(())
+    nothing = training.examples.take(np.arange(0))
+    held_fit = (
+        _fit(held_out, max_length, config, purpose="hold out")
+        if held_out
+        else EncodeResult(nothing, np.arange(0))
+    )
     return Dataset(
         examples=train_fit.examples,
-        conversations=_still_there(training, train_fit),
+        conversations=training.conversations.take(train_fit.kept),
         held_out=held_fit.examples,
-        held_out_conversations=_still_there(held_out, held_fit) if held_out else (),
+        held_out_conversations=(held_out or training).conversations.take(held_fit.kept),
         report=reports[0],
         config=config,
         eval_report=reports[1] if len(reports) == 2 else None,
@@ -113,49 +99,17 @@ def load(
     )
 
 
-def survey(
-    source: str, config: DataConfig, chat_format: ChatFormat, *, max_length: int | None = None
-) -> Survey:
-    """Everything there is to know about a source. Bad rows are in the report and raise nothing.
-
-    Raises: DataError if the source as a whole cannot be read or its format is unclear.
-    """
-    rows = _read(source, config)
-    encoded = list(encode_or_refuse(rows.conversations, chat_format))
-    good = [(c, e) for c, e in zip(rows.conversations, encoded, strict=True) if isinstance(e, Example)]
-    conversations = tuple(conversation for conversation, _ in good)
-    examples = tuple(example for _, example in good)
-    bad_rows = (*rows.bad_rows, *(row for row in encoded if isinstance(row, BadRow)))
-    findings = find(conversations, chat_format.tokenizer.special_tokens, chat_format.role_markers)
-    report = DataReport(
-        source=source,
-        format=rows.detection.format,
-        format_reason=rows.detection.reason,
-        rows=len(conversations) + len(bad_rows),
-        conversations=len(conversations),
-        bad_rows=bad_rows,
-        ignored_columns=dict(rows.ignored),
-        findings=findings,
-        tokens=token_stats(examples),
-        max_length=max_length,
-        over_length=over_length_rows(examples, max_length),
-        warnings=describe(findings, rows.ignored, rows.typos),
-    )
-    return Survey(report, conversations, examples)
-
-
-def split(
-    conversations: Sequence[Conversation], fraction: float
-) -> tuple[list[Conversation], list[Conversation]]:
-    """(train, held out). The side is a hash of the prompt, so equal prompts share it, in any order of rows.
+def split(conversations: Sequence[Conversation], fraction: float) -> tuple[Ints, Ints]:
+    """Row numbers (to train on, held out). The side is a hash of the prompt: equal prompts share it, whatever
+    the order of rows.
 
     Raises: DataError if `fraction` is above 0 and a side stays empty.
     """
-    held_out = [conversation for conversation in conversations if _hash_share(conversation) < fraction]
-    training = [conversation for conversation in conversations if _hash_share(conversation) >= fraction]
-    if fraction and not (training and held_out):
+    is_held_out = _hash_shares(conversations) < fraction
+    training, held_out = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+    if fraction and not (len(training) and len(held_out)):
         raise DataError(
-            f"a share of {fraction} leaves no rows to {'train on' if held_out else 'hold out'}",
+            f"a share of {fraction} leaves no rows to {'train on' if len(held_out) else 'hold out'}",
             why=f"{len(conversations):,} rows, split by hash of their prompt: small sets split unevenly",
             fix="choose another data.eval share, or name a file of held-out rows",
         )
@@ -165,99 +119,25 @@ def split(
 def fingerprint(examples: Iterable[Example]) -> str:
     """sha256 of the ids and labels, in order: equal for equal training data, on any machine."""
     digest = hashlib.sha256()
-    for example in examples:
-        digest.update(len(example).to_bytes(8, "little"))
-        digest.update(example.input_ids.astype("<i8").tobytes() + example.labels.astype("<i8").tobytes())
+    for ids, labels, lengths in blocks_of(examples):
+        # Of each row its length, its ids, its labels: 1 + T + T numbers.
+        starts = offsets_of(2 * lengths + 1)
+        numbers = np.empty(starts[-1], "<i8")
+        numbers[starts[:-1]] = lengths
+        numbers[spread(starts[:-1] + 1, lengths)] = ids
+        numbers[spread(starts[:-1] + 1 + lengths, lengths)] = labels
+        digest.update(numbers.data)
     return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class _Rows:
-    conversations: list[Conversation]
-    bad_rows: list[BadRow]
-    detection: Detection
-    ignored: Counter[str] = field(default_factory=Counter)
-    typos: int = 0
-
-
-def _read(source: str, config: DataConfig) -> _Rows:
-    rows = _open(source)
-    first = list(_until_records(rows, _DETECTION_ROWS))
-    detection = _detect([row for row in first if isinstance(row, Record)], config)
-    rules = RowRules(detection.format, config.columns, config.system, config.input_separator)
-    conversations: list[Conversation] = []
-    bad_rows: list[BadRow] = []
-    ignored: Counter[str] = Counter()
-    typos = 0
-    for row in chain(first, rows):
-        read = to_conversation(row, rules) if isinstance(row, Record) else row
-        if isinstance(row, Record):
-            ignored.update(unread_columns(row, rules))
-            typos += detection.format == "alpaca" and TYPO in row.fields and "instruction" not in row.fields
-        if isinstance(read, BadRow):
-            bad_rows.append(read)
-        else:
-            conversations.append(read)
-    return _Rows(conversations, bad_rows, detection, ignored, typos)
-
-
-def _until_records(rows: Iterator[Row], count: int) -> Iterator[Row]:
-    """Rows until `count` of them are readable; a file may begin with many that are not."""
-    seen = 0
-    while seen < count:
-        row = next(rows, None)
-        if row is None:
-            return
-        seen += isinstance(row, Record)
-        yield row
-
-
-def _detect(records: Sequence[Record], config: DataConfig) -> Detection:
-    check_columns(config.columns)
-    if config.format != "auto":
-        return Detection(config.format, "as told")
-    return detect_format(records, config.columns) if records else Detection("auto", "no row can be read")
-
-
-def _open(source: str) -> Iterator[Row]:
-    if not source:
-        raise ConfigError("data.train names no rows", fix="--data FILE, or data.train in the recipe")
-    path = Path(source)
-    looks_like_file = path.exists() or any(kind in path.suffixes for kind in KINDS)
-    if looks_like_file or not _HUB_NAME.fullmatch(source):
-        return read_records(path)
-    return _read_hub(source)
-
-
-def _read_hub(name: str) -> Iterator[Row]:
-    try:
-        import datasets
-    except ImportError:
-        raise SetupError(
-            f"there is no file {name}, and reading it as a hub data set needs the package datasets",
-            why="it is an optional extra",
-            fix="check the path, or: pip install 'lorasmith[hub-datasets]'",
-        ) from None
-    try:
-        table = datasets.load_dataset(name, split="train")
-    except (OSError, ValueError) as error:
-        fix = "check the name and the network, or download its file and name that"
-        raise SetupError(f"cannot get the hub data set {name}", why=str(error), fix=fix) from None
-    return table_rows(table, name, DEFAULT_LIMITS)
 
 
 def _split_survey(rows: Survey, share: float | str | None) -> tuple[Survey, Survey | None]:
     if not isinstance(share, float | int) or not share:
         return rows, None
-    _, held_out = split(rows.conversations, share)
-    side = {conversation.origin for conversation in held_out}
-    pairs = list(zip(rows.conversations, rows.examples, strict=True))
-    parts = [[pair for pair in pairs if (pair[1].origin in side) == held] for held in (False, True)]
-    training, held_part = (
-        replace(rows, conversations=tuple(row for row, _ in part), examples=tuple(e for _, e in part))
-        for part in parts
+    training, held_out = (
+        replace(rows, conversations=rows.conversations.take(side), examples=rows.examples.take(side))
+        for side in split(rows.conversations, share)
     )
-    return training, held_part
+    return training, held_out
 
 
 def _settle_bad_rows(reports: Sequence[DataReport], config: DataConfig, rejects_path: Path | None) -> None:
@@ -284,15 +164,12 @@ def _fit(side: Survey, max_length: int | None, config: DataConfig, purpose: str)
     return fit
 
 
-def _still_there(side: Survey, fit: EncodeResult) -> tuple[Conversation, ...]:
-    dropped = set(fit.dropped)
-    return tuple(conversation for conversation in side.conversations if conversation.origin not in dropped)
-
-
 def _leaked(training: Survey, held_out: Survey | None) -> list[str]:
     """The held-out rows whose prompt is also trained on; only a held-out file of its own can have any."""
-    known = {_hash_share(conversation) for conversation in training.conversations} if held_out else set()
-    return [row.origin for row in held_out.conversations if _hash_share(row) in known] if held_out else []
+    if held_out is None:
+        return []
+    known = np.isin(_hash_shares(held_out.conversations), _hash_shares(training.conversations))
+    return list(held_out.examples.origins(np.flatnonzero(known)))
 
 
 def _beyond_model(asked: int | None, model_max_length: int | None) -> tuple[str, ...]:
@@ -314,6 +191,10 @@ def _warnings(reports: Sequence[DataReport], leaked: Sequence[str], *fits: Encod
             more = ", ..." if len(origins) > 3 else ""
             lines.append(f"{len(origins):,} {what}: {', '.join(origins[:3])}{more}")
     return tuple(lines)
+
+
+def _hash_shares(conversations: Sequence[Conversation]) -> NDArray[np.float64]:
+    return np.fromiter(map(_hash_share, conversations), np.float64, len(conversations))
 
 
 def _hash_share(conversation: Conversation) -> float:

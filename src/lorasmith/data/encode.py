@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+import numpy as np
+
+from lorasmith.data.columns import Examples, FlatRows, GrowingColumns
 from lorasmith.data.records import BadRow, bad_rows_error
 from lorasmith.errors import DataError
 from lorasmith.text.template import ChatFormat
-from lorasmith.types import Conversation, Example
+from lorasmith.types import Conversation, Example, Ints
 
 OverLength: TypeAlias = Literal["error", "drop", "truncate"]
-_CHUNK = 1000
+CHUNK = 1000
 """Conversations per call of the tokenizer: enough to keep it busy, few enough to keep memory flat."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class EncodedChunk:
+    """Some conversations as flat rows; `kept` are the indices of those that have one, in order."""
+
+    rows: FlatRows
+    kept: tuple[int, ...]
+    bad_rows: tuple[BadRow, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class EncodeResult:
     """Examples in the order of their conversations, and the origins of what the length limit touched."""
 
-    examples: tuple[Example, ...]
+    examples: Examples
+    kept: Ints
+    """Which of the examples before the limit these are."""
     dropped: tuple[str, ...] = ()
     truncated: tuple[str, ...] = ()
 
@@ -37,27 +51,30 @@ def encode_conversations(
     Raises: DataError naming the rows that the format refuses, that have nothing to learn, or that are too
     long under `over_length="error"`.
     """
-    rows = list(encode_or_refuse(conversations, chat_format))
-    bad_rows = [row for row in rows if isinstance(row, BadRow)]
+    columns, bad_rows = GrowingColumns(), list[BadRow]()
+    columns.add(FlatRows.of(()).columns())
+    for start in range(0, len(conversations), CHUNK):
+        chunk = encode_chunk(conversations[start : start + CHUNK], chat_format)
+        columns.add(chunk.rows.columns())
+        bad_rows += chunk.bad_rows
     if bad_rows:
-        raise bad_rows_error(bad_rows, len(rows))
-    return fit_length([row for row in rows if isinstance(row, Example)], max_length, over_length)
+        raise bad_rows_error(bad_rows, len(conversations))
+    return fit_length(Examples.from_columns(columns.join()), max_length, over_length)
 
 
-def encode_or_refuse(
-    conversations: Sequence[Conversation], chat_format: ChatFormat
-) -> Iterator[Example | BadRow]:
-    """Each conversation, in order, as its Example, or as the BadRow that says why there is none."""
-    for start in range(0, len(conversations), _CHUNK):
-        chunk = conversations[start : start + _CHUNK]
-        try:
-            rows: Sequence[Example | BadRow] = chat_format.encode_all(chunk)
-        except DataError:
-            rows = [_encode_one(conversation, chat_format) for conversation in chunk]
-        yield from (_refuse_nothing_to_learn(row) for row in rows)
+def encode_chunk(conversations: Sequence[Conversation], chat_format: ChatFormat) -> EncodedChunk:
+    """Each conversation, in order, as its row, or as the BadRow that says why there is none."""
+    try:
+        encoded: Sequence[Example | BadRow] = chat_format.encode_all(conversations)
+    except DataError:
+        encoded = [_encode_one(conversation, chat_format) for conversation in conversations]
+    chunk = _laid_out(encoded)
+    if chunk.rows.target_counts.all():
+        return chunk
+    return _laid_out([_refuse_nothing_to_learn(row) for row in encoded])
 
 
-def fit_length(examples: Sequence[Example], max_length: int | None, over_length: OverLength) -> EncodeResult:
+def fit_length(examples: Examples, max_length: int | None, over_length: OverLength) -> EncodeResult:
     """`examples` with the longer ones refused, dropped, or cut at their end.
 
     A cut answer has no end token: its last kept position predicts the text that really followed. A row that
@@ -65,27 +82,28 @@ def fit_length(examples: Sequence[Example], max_length: int | None, over_length:
 
     Raises: DataError naming the longer rows under `over_length="error"`.
     """
-    longer = [example for example in examples if max_length is not None and len(example) > max_length]
-    if not longer or max_length is None:
-        return EncodeResult(tuple(examples))
+    is_longer = examples.lengths > (max_length if max_length is not None else np.inf)
+    if max_length is None or not is_longer.any():
+        return EncodeResult(examples, np.arange(len(examples)))
     if over_length == "error":
-        raise _too_long(longer, max_length)
-    if over_length == "drop":
-        kept = tuple(example for example in examples if len(example) <= max_length)
-        return EncodeResult(kept, dropped=tuple(example.origin for example in longer))
-    cut = [_cut(example, max_length) for example in examples]
+        raise _too_long(examples.take(np.flatnonzero(is_longer)), max_length)
+    cut = examples.cut(max_length) if over_length == "truncate" else examples
+    stays = cut.target_counts > 0 if over_length == "truncate" else ~is_longer
+    kept = np.flatnonzero(stays)
     return EncodeResult(
-        tuple(example for example in cut if example.num_targets),
-        dropped=tuple(example.origin for example in cut if not example.num_targets),
-        truncated=tuple(example.origin for example in longer if _cut(example, max_length).num_targets),
+        cut.take(kept),
+        kept,
+        dropped=examples.origins(np.flatnonzero(~stays)),
+        truncated=examples.origins(np.flatnonzero(stays & is_longer)),
     )
 
 
-def _cut(example: Example, max_length: int) -> Example:
-    if len(example) <= max_length:
-        return example
-    # Copies, because a slice would keep the whole row in memory.
-    return Example(example.input_ids[:max_length].copy(), example.labels[:max_length].copy(), example.origin)
+def _laid_out(encoded: Sequence[Example | BadRow]) -> EncodedChunk:
+    return EncodedChunk(
+        FlatRows.of(row for row in encoded if isinstance(row, Example)),
+        tuple(index for index, row in enumerate(encoded) if isinstance(row, Example)),
+        tuple(row for row in encoded if isinstance(row, BadRow)),
+    )
 
 
 def _encode_one(conversation: Conversation, chat_format: ChatFormat) -> Example | BadRow:
@@ -105,12 +123,14 @@ def _refuse_nothing_to_learn(row: Example | BadRow) -> Example | BadRow:
     return row
 
 
-def _too_long(longer: Sequence[Example], max_length: int) -> DataError:
-    named = ", ".join(f"{example.origin} ({len(example):,})" for example in longer[:10])
+def _too_long(longer: Examples, max_length: int) -> DataError:
+    lengths = longer.lengths.tolist()
+    first = zip(longer.origins(range(min(10, len(longer)))), lengths, strict=False)
+    named = ", ".join(f"{origin} ({length:,})" for origin, length in first)
     more = f", and {len(longer) - 10:,} more" if len(longer) > 10 else ""
     return DataError(
         f"{len(longer):,} {'row is' if len(longer) == 1 else 'rows are'} longer than {max_length:,} tokens",
         where=named + more,
         why="nothing is cut or dropped unasked",
-        fix=f"raise data.max_length to {max(map(len, longer))}, or set data.over_length to drop or truncate",
+        fix=f"raise data.max_length to {max(lengths)}, or set data.over_length to drop or truncate",
     )

@@ -8,6 +8,7 @@ from functools import lru_cache
 import numpy as np
 
 from lorasmith.config import TrainConfig
+from lorasmith.data.columns import lengths_of, target_counts_of
 from lorasmith.data.pack import pack
 from lorasmith.errors import DataError
 from lorasmith.types import Batch, Example, Ints
@@ -93,12 +94,12 @@ class Loader:
     @property
     def num_tokens(self) -> int:
         """Input ids of one epoch."""
-        return sum(len(example) for example in self._examples)
+        return int(lengths_of(self._examples).sum())
 
     @property
     def num_targets(self) -> int:
         """Labels of one epoch."""
-        return sum(example.num_targets for example in self._examples)
+        return int(target_counts_of(self._examples).sum())
 
     def epoch_of(self, n: int) -> int:
         """The epoch, from 0, of global step n, from 0."""

@@ -136,6 +136,9 @@ class _Window:
 
     def peek(self) -> str:
         """The next character that is not white space; "" at the end."""
+        sign = self.text[self.at : self.at + 1]
+        if sign and sign not in " \t\r\n":
+            return sign
         while True:
             space = _SPACE.match(self.text, self.at)
             assert space is not None

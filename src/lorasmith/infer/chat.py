@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from queue import SimpleQueue
 from threading import Event
-from typing import Any
 
 import peft
-import torch
-from torch import Tensor
-from transformers.generation import BaseStreamer, StoppingCriteria
 
 from lorasmith.config import GenerateConfig
 from lorasmith.errors import ConfigError
@@ -133,31 +129,11 @@ def _generating(
             model,
             [prompt.input_ids],
             config,
-            streamer=_Tokens(tokens.put),
-            interrupt=_Interrupt(interrupt),
+            on_token=tokens.put,
+            interrupted=interrupt.is_set,
         )
         running.add_done_callback(lambda _: tokens.put(None))
         try:
             yield iter(tokens.get, None), running
         finally:
             interrupt.set()
-
-
-class _Tokens(BaseStreamer):  # type: ignore[misc]  # transformers is untyped here
-    def __init__(self, put: Callable[[int | None], None]) -> None:
-        self._put = put
-
-    def put(self, value: Tensor) -> None:
-        if value.ndim == 1:  # the first call brings the prompt, as a batch
-            self._put(int(value[0]))
-
-    def end(self) -> None:
-        pass
-
-
-class _Interrupt(StoppingCriteria):  # type: ignore[misc]
-    def __init__(self, event: Event) -> None:
-        self._event = event
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        return torch.full((len(input_ids),), self._event.is_set(), device=input_ids.device)

@@ -1,33 +1,34 @@
-"""Prompt ids -> answer ids, by transformers' own generate and by our settings alone.
+"""Prompt ids -> answer ids, a batch at a time, each row as it would be alone.
 
-Shapes: B = rows of a batch, T = tokens of its longest prompt, N = new tokens, V = vocabulary.
+Our own loop over transformers' modules. Against their generate it computes a shared prompt once, copies no
+keys and values for a token, lets finished rows go, and keys random numbers by prompt.
+Shapes: B = rows of a batch, R = rows still at work, T = tokens of the longest prompt, N = new tokens,
+V = vocabulary, S = stop ids.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation import (
-    BaseStreamer,
-    LogitsProcessor,
-    LogitsProcessorList,
-    NoRepeatNGramLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
 
 from lorasmith.config import GenerateConfig
+from lorasmith.infer.continuation import Continuation
+from lorasmith.infer.sampling import choose, draws, has_penalty, occurrences
 from lorasmith.model.model import Model
 from lorasmith.model.packed import base_module
 from lorasmith.types import Ints
+
+PASS_COST = 64
+"""Tokens that a forward pass must save to pay for itself: below, reading the weights takes longer."""
+COMPACT_AT = 0.75
+"""Rows that are done leave the batch, which copies its keys and values, when so many are left of it."""
 
 
 @dataclass(frozen=True)
@@ -44,31 +45,101 @@ def decode(
     prompts: Sequence[Ints],
     config: GenerateConfig,
     *,
-    streamer: BaseStreamer | None = None,
-    interrupt: StoppingCriteria | None = None,
+    repeats: Sequence[int] | None = None,
+    on_token: Callable[[int], None] | None = None,
+    interrupted: Callable[[], bool] | None = None,
+    pass_cost: int = PASS_COST,
+    compact_at: float = COMPACT_AT,
 ) -> list[Decoded]:
-    """Continue prompts (T_i,) as one left-padded batch, up to a stop id, max_new_tokens or a full context.
+    """Continue prompts (T_i,) up to a stop id, max_new_tokens or a full context, in the order given.
 
-    The module's own generation_config has no say. `streamer` (for one row) is given every new id;
-    generation ends early at the token where `interrupt` says so.
+    The module's own generation_config has no say but for its stop ids. `repeats` tells how often each prompt
+    was answered before; by default counted within `prompts`. `on_token` is given every new id of the first
+    row; generation ends early at the token where `interrupted` says so. No weight is touched.
     """
     base = base_module(model.module)
-    ids_BT, mask_BT = _left_pad(prompts, model.tokenizer.pad_id, base.device)
-    room_B = [room(model, len(prompt), config) for prompt in prompts]
-    padding_B = [ids_BT.shape[1] - len(prompt) for prompt in prompts]
-    criteria = [_RowsFull(torch.tensor(room_B, device=base.device) + ids_BT.shape[1])]
-    with _evaluating(base), _seeded(config.seed, base.device):
-        settings = _settings(config, max(room_B), stop_ids(model), model.tokenizer.pad_id)
-        row_BS = _view(base, settings).generate(
-            ids_BT,
-            generation_config=settings,
-            attention_mask=mask_BT,
-            logits_processor=LogitsProcessorList(_penalties(config, padding_B)),
-            stopping_criteria=StoppingCriteriaList([*criteria, interrupt] if interrupt else criteria),
-            streamer=streamer,
-        )
-    new_BN = row_BS[:, ids_BT.shape[1] :].tolist()
-    return [_cut(row, stop_ids(model)) for row in (new[:n] for new, n in zip(new_BN, room_B, strict=True))]
+    rooms = [room(model, len(prompt), config) for prompt in prompts]
+    draw_BN = _draws(prompts, rooms, config, repeats)
+    with torch.no_grad(), _evaluating(base):
+        rows = Continuation(base, prompts, model.tokenizer.pad_id, context_length(model))
+        batch = _Answers(prompts, rooms, config, draw_BN, stop_ids(model), base.device)
+        logits_RV = rows.start(pass_cost)
+        while True:
+            ids_R = batch.take(logits_RV)
+            if on_token is not None:
+                on_token(int(ids_R[0]))
+            working = batch.num_working()
+            if not working or (interrupted is not None and interrupted()):
+                return batch.decoded()
+            if working < len(ids_R) and working <= compact_at * len(ids_R):
+                kept = batch.compact()
+                rows.keep(kept)
+                ids_R = ids_R[kept]
+            logits_RV = rows.step(ids_R)
+
+
+class _Answers:
+    """What the rows of a batch have said, and which of them still speak."""
+
+    def __init__(
+        self,
+        prompts: Sequence[Ints],
+        rooms: Sequence[int],
+        config: GenerateConfig,
+        draw_BN: Tensor | None,
+        stops: Sequence[int],
+        device: torch.device,
+    ) -> None:
+        self._config, self._stops, self._rooms = config, stops, rooms
+        self._draw_BN = None if draw_BN is None else draw_BN.to(device)
+        self._prompt_columns = max(map(len, prompts))
+        said = np.full((len(prompts), self._prompt_columns + max(rooms)), -1)
+        for row, prompt in enumerate(prompts):
+            said[row, self._prompt_columns - len(prompt) : self._prompt_columns] = prompt
+        self._said_BL = torch.from_numpy(said).to(device)
+        """Prompt and answer; -1 before, between and behind them."""
+        self._room_B = torch.tensor(rooms, device=device)
+        self._stop_S = torch.tensor(stops, dtype=torch.long, device=device)
+        self._num_new = 0
+        self._rows_R = torch.arange(len(prompts), device=device)
+        self._is_done_R = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+
+    def take(self, logits_RV: Tensor) -> Tensor:
+        """Choose the next ids (R,). Those of rows that are done mean nothing."""
+        column, rows = self._prompt_columns + self._num_new, self._rows_R
+        draw_R = None if self._draw_BN is None else self._draw_BN[rows, self._num_new]
+        history_RL = self._said_BL[rows, :column] if has_penalty(self._config) else None
+        ids_R = choose(logits_RV, self._config, draw_R, history_RL)
+        self._said_BL[rows, column] = ids_R
+        self._num_new += 1
+        self._is_done_R |= (ids_R[:, None] == self._stop_S).any(-1) | (self._room_B[rows] <= self._num_new)
+        return ids_R
+
+    def num_working(self) -> int:
+        return int((~self._is_done_R).sum())
+
+    def compact(self) -> Tensor:
+        """Drop the rows that are done; which places are kept, for who else counts by rows."""
+        kept_R = (~self._is_done_R).nonzero()[:, 0]
+        self._rows_R, self._is_done_R = self._rows_R[kept_R], self._is_done_R[kept_R]
+        return kept_R
+
+    def decoded(self) -> list[Decoded]:
+        new_BN = self._said_BL[:, self._prompt_columns : self._prompt_columns + self._num_new].tolist()
+        return [_cut(new[:room], self._stops) for new, room in zip(new_BN, self._rooms, strict=True)]
+
+
+def _draws(
+    prompts: Sequence[Ints], rooms: Sequence[int], config: GenerateConfig, repeats: Sequence[int] | None
+) -> Tensor | None:
+    """Uniform numbers (B, N) to choose by; None where nothing is left to chance."""
+    if config.greedy:
+        return None
+    seed = config.seed if config.seed is not None else int(torch.randint(2**62, ()))
+    numbers = occurrences(prompts, Counter()) if repeats is None else repeats
+    return torch.stack(
+        [draws(seed, prompt, number, max(rooms)) for prompt, number in zip(prompts, numbers, strict=True)]
+    )
 
 
 def stop_ids(model: Model) -> list[int]:
@@ -92,70 +163,6 @@ def room(model: Model, prompt_length: int, config: GenerateConfig) -> int:
     return config.max_new_tokens if limit is None else min(config.max_new_tokens, limit - prompt_length)
 
 
-def _left_pad(prompts: Sequence[Ints], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    longest = max(len(prompt) for prompt in prompts)
-    ids_BT = torch.full((len(prompts), longest), pad_id)
-    mask_BT = torch.zeros_like(ids_BT)
-    for row, prompt in enumerate(prompts):
-        ids_BT[row, longest - len(prompt) :] = torch.from_numpy(prompt)
-        mask_BT[row, longest - len(prompt) :] = 1
-    return ids_BT.to(device), mask_BT.to(device)
-
-
-def _settings(config: GenerateConfig, max_new_tokens: int, stops: list[int], pad_id: int) -> GenerationConfig:
-    sampling: dict[str, Any] = {"do_sample": False}
-    if not config.greedy:
-        knobs = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
-        sampling = {"do_sample": True, **knobs}
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        eos_token_id=stops or None,
-        pad_token_id=pad_id,
-        num_beams=1,
-        **sampling,
-    )
-
-
-def _view(base: PreTrainedModel, settings: GenerationConfig) -> Any:
-    """The same module with another generation_config, which generate would otherwise mix into ours.
-
-    A shallow copy shares all layers and weights, and leaves `base` untouched for other threads.
-    """
-    view = copy.copy(base)
-    view.generation_config = settings
-    return view
-
-
-def _penalties(config: GenerateConfig, padding_B: Sequence[int]) -> list[LogitsProcessor]:
-    penalties: list[LogitsProcessor] = []
-    if config.repetition_penalty != 1.0:
-        penalties.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
-    if config.no_repeat_ngram_size:
-        penalties.append(NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size))
-    return [_WithoutPadding(penalty, padding_B) for penalty in penalties]
-
-
-class _WithoutPadding(LogitsProcessor):  # type: ignore[misc]  # transformers is untyped here
-    """A penalty for repeats that does not count padding, whose id is often a stop id, as text."""
-
-    def __init__(self, penalty: LogitsProcessor, padding_B: Sequence[int]) -> None:
-        self._penalty, self._padding_B = penalty, padding_B
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        rows = enumerate(self._padding_B)
-        return torch.cat([self._penalty(input_ids[b : b + 1, pad:], scores[b : b + 1]) for b, pad in rows])
-
-
-class _RowsFull(StoppingCriteria):  # type: ignore[misc]
-    """Ends each row at its own length: a shorter prompt has more room in the context."""
-
-    def __init__(self, end_B: Tensor) -> None:
-        self._end_B = end_B
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        return self._end_B <= input_ids.shape[1]
-
-
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
     """Within: no dropout. After: every part trains again that trained before."""
@@ -166,17 +173,6 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
-
-
-@contextmanager
-def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Within: random numbers of the seed. After: torch's generators stand where they stood."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 def _cut(ids: list[int], stops: Sequence[int]) -> Decoded:

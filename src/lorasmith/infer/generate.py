@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TypeAlias, TypeVar
@@ -9,6 +10,7 @@ from typing import TypeAlias, TypeVar
 from lorasmith.config import GenerateConfig
 from lorasmith.errors import DataError
 from lorasmith.infer.decode import Decoded, context_length, decode
+from lorasmith.infer.sampling import occurrences
 from lorasmith.model.model import Model
 from lorasmith.types import Completion, Conversation, Example, Message
 
@@ -22,8 +24,9 @@ def generate(
     """The answer to each conversation, in the order given; a Conversation's origin is named by errors.
 
     A conversation without a system message gets `model.system`. Where prompt and answer fill the model's
-    context before max_new_tokens, the answer ends there with finish_reason "length". With `config.seed`
-    the same call gives the same answers (sampling draws per batch: keep batch_size too).
+    context before max_new_tokens, the answer ends there with finish_reason "length". Prompts of like length
+    go together. With `config.seed` the same prompt gets the same answer, in any batch; asked again in the
+    same call it gets another.
 
     Raises: DataError for a prompt that leaves no room for an answer, or that cannot be encoded.
     """
@@ -43,8 +46,10 @@ def answer_batches(
     model: Model, batches: Iterable[Sequence[Example]], config: GenerateConfig
 ) -> Iterator[list[Completion]]:
     """Answers batch by batch, each as soon as it is there; prompts come from `encode_prompts`."""
-    for index, batch in enumerate(batches):
-        decoded = decode(model, [prompt.input_ids for prompt in batch], _for_batch(config, index))
+    seen: Counter[bytes] = Counter()
+    for batch in batches:
+        prompts = [prompt.input_ids for prompt in batch]
+        decoded = decode(model, prompts, config, repeats=occurrences(prompts, seen))
         yield [completion(model, prompt, answer) for prompt, answer in zip(batch, decoded, strict=True)]
 
 
@@ -92,10 +97,3 @@ def in_batches(rows: Iterable[T], size: int) -> Iterator[list[T]]:
 
 def _conversation(prompt: Prompt, row: int) -> Conversation:
     return prompt if isinstance(prompt, Conversation) else Conversation(tuple(prompt), f"conversation {row}")
-
-
-def _for_batch(config: GenerateConfig, index: int) -> GenerateConfig:
-    """Another seed for each batch, or all batches would draw the same numbers."""
-    if config.seed is None:
-        return config
-    return config.model_copy(update={"seed": (config.seed + index) % 2**63})

@@ -27,7 +27,6 @@ from transformers.models.llama.modeling_llama import (
     LlamaPreTrainedModel,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
-    apply_rotary_pos_emb,
     eager_attention_forward,
 )
 
@@ -36,6 +35,7 @@ from lorasmith.model.fused_attention import attend_fused, fused_width
 from lorasmith.ops.alibi import alibi_mask, alibi_slopes
 from lorasmith.ops.attention import biased_attention_interface, with_alibi
 from lorasmith.ops.norm_head import NormHead
+from lorasmith.ops.rotary import rotary
 
 _BAICHUAN1_VOCAB = 64000
 """Baichuan 1 has the same model_type and tensor names, but a plain head: its vocabulary tells them apart."""
@@ -162,7 +162,7 @@ class Baichuan2Attention(LlamaAttention):
         rotation, eager = None, biased_attention_interface
         if position_embeddings is not None:
             cos, sin = position_embeddings
-            rotation, eager = partial(apply_rotary_pos_emb, cos=cos, sin=sin), eager_attention_forward
+            rotation, eager = partial(rotary, cos_BTR=cos, sin_BTR=sin), eager_attention_forward
         packed_BTC = self.W_pack(hidden_states)
         out_BTD, weights = attend_fused(
             self, packed_BTC, rotation, attention_mask, past_key_values, eager=eager, **kwargs

@@ -22,12 +22,12 @@ from transformers.models.glm.modeling_glm import (
     GlmPreTrainedModel,
     GlmRMSNorm,
     GlmRotaryEmbedding,
-    apply_rotary_pos_emb,
     eager_attention_forward,
 )
 
 from lorasmith.errors import FamilyError
 from lorasmith.model.fused_attention import attend_fused, fused_width
+from lorasmith.ops.rotary import rotary
 
 _COMPUTED = {
     "add_bias_linear": False,
@@ -143,7 +143,7 @@ class ChatGLM3Attention(GlmAttention):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         cos, sin = position_embeddings
-        rotation, eager = partial(apply_rotary_pos_emb, cos=cos, sin=sin), eager_attention_forward
+        rotation, eager = partial(rotary, cos_BTR=cos, sin_BTR=sin, interleaved=True), eager_attention_forward
         packed_BTC = self.query_key_value(hidden_states)
         out_BTD, weights = attend_fused(
             self, packed_BTC, rotation, attention_mask, past_key_values, eager=eager, **kwargs

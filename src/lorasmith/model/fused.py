@@ -1,27 +1,35 @@
-"""transformers' own norms and feed-forwards, computed by our ops while a model trains.
+"""transformers' own norms, feed-forwards and attention, computed by our ops while a model trains.
 
 A module is taken over only if, on this very model, its own forward and ours gave the same.
 
-Shapes: B = rows of a batch, T = tokens, D = hidden size, F = feed-forward size.
+Shapes: B = rows of a batch, T = tokens, M = hidden size, H = heads, D = head size, F = feed-forward size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lorasmith.ops.attention import LayoutIndex, layout_attention_interface, layout_index
 from lorasmith.ops.rms_norm import rms_norm
+from lorasmith.ops.rotary import rotary
 from lorasmith.ops.swiglu import swiglu
+from lorasmith.types import Layout
 
-Forward = Callable[[Tensor], Tensor]
+Forward = Callable[..., Any]
 
 
 @contextmanager
 def fused_ops(module: nn.Module) -> Iterator[None]:
-    """Within: every RMS norm and every SwiGLU feed-forward of `module` that is one to the digit is ours."""
+    """Within: RMS norms, SwiGLU feed-forwards and rotary attention of `module` are ours where they agree.
+
+    To be entered when the module's attention goes by a Layout.
+    """
     proved: dict[type[nn.Module], bool] = {}
     with ExitStack() as stack:
         for part in list(module.modules()):
@@ -52,6 +60,8 @@ def replaced_forward(module: nn.Module, forward: Forward) -> Iterator[None]:
 def _fused_forward(module: nn.Module) -> Forward | None:
     """Ours for a module that has the parts of an RMS norm or of a SwiGLU feed-forward."""
     parts = dict(module.named_children())
+    if parts.keys() >= {"q_proj", "k_proj", "v_proj", "o_proj"}:
+        return _rotary_attention(module)
     if parts.keys() >= {"gate_proj", "up_proj", "down_proj"}:
         return _gated(parts["gate_proj"], parts["up_proj"], parts["down_proj"])
     for packed, down in (("gate_up_proj", "down_proj"), ("dense_h_to_4h", "dense_4h_to_h")):
@@ -64,8 +74,8 @@ def _fused_forward(module: nn.Module) -> Forward | None:
     return None
 
 
-def _norm(weight_D: Tensor, eps: float) -> Forward:
-    return lambda x: rms_norm(x, weight_D, eps)
+def _norm(weight_M: Tensor, eps: float) -> Forward:
+    return lambda x: rms_norm(x, weight_M, eps)
 
 
 def _gated(gate: nn.Module, up: nn.Module, down: nn.Module) -> Forward:
@@ -73,8 +83,8 @@ def _gated(gate: nn.Module, up: nn.Module, down: nn.Module) -> Forward:
 
 
 def _packed_gated(gate_up: nn.Module, down: nn.Module) -> Forward:
-    def forward(x_BTD: Tensor) -> Tensor:
-        gate_BTF, up_BTF = gate_up(x_BTD).chunk(2, dim=-1)
+    def forward(x_BTM: Tensor) -> Tensor:
+        gate_BTF, up_BTF = gate_up(x_BTM).chunk(2, dim=-1)
         return _module_out(down, swiglu(gate_BTF, up_BTF))
 
     return forward
@@ -85,20 +95,47 @@ def _module_out(module: nn.Module, x: Tensor) -> Tensor:
     return out
 
 
+def _rotary_attention(module: Any) -> Forward:
+    """Attention whose queries and keys are turned in one pass; `module` is one of transformers' own."""
+
+    def forward(
+        hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], layout: LayoutIndex, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        q_BHTD, k_BKTD, v_BKTD = (
+            project(hidden_states).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
+            for project in (module.q_proj, module.k_proj, module.v_proj)
+        )
+        q_BHTD, k_BKTD = rotary(q_BHTD, k_BKTD, *position_embeddings)
+        out_BTHD, _ = layout_attention_interface(
+            module, q_BHTD, k_BKTD, v_BKTD, None, scaling=module.scaling, layout=layout
+        )
+        return module.o_proj(out_BTHD.flatten(2)), None
+
+    return forward
+
+
 @torch.no_grad()
 def _agree(module: nn.Module, ours: Forward) -> bool:
     """On random input; LoRA's dropout is stateless, so that both see the same masks."""
-    first = next(module.parameters())
-    width = first.shape[-1]
-    generator = torch.Generator().manual_seed(0)
-    x_1TD = torch.randn(1, 3, width, generator=generator).to(first.device, _input_dtype(module))
-    own: Tensor = module(x_1TD)
-    got = ours(x_1TD)
-    tolerance = 8 * torch.finfo(own.dtype).eps
-    return own.dtype == got.dtype and torch.allclose(own, got, rtol=tolerance, atol=tolerance)
+    width = next(module.parameters()).shape[-1]
+    x_1TM = _random(module, 1, 3, width)
+    kwargs: dict[str, Any] = {}
+    if head_dim := getattr(module, "head_dim", None):
+        layout = layout_index(Layout(np.array([0, 3]), np.array([-1]), np.arange(3)), x_1TM.device)
+        angles = _random(module, 1, 3, head_dim // 2).repeat(1, 1, 2)
+        kwargs = {"position_embeddings": (angles.cos(), angles.sin()), "layout": layout}
+        kwargs |= {"attention_mask": None}
+    try:
+        own, got = module(x_1TM, **kwargs), ours(x_1TM, **kwargs)
+    except (TypeError, ValueError):  # an attention that asks for more is another one
+        return False
+    own, got = (out[0] if isinstance(out, tuple) else out for out in (own, got))
+    eps = torch.finfo(own.dtype).eps
+    tolerance = (64 if eps < 1e-6 else 4) * eps * own.abs().max()  # rounding, and nothing else
+    return own.dtype == got.dtype and bool(((own - got).abs() <= tolerance).all())
 
 
-def _input_dtype(module: nn.Module) -> torch.dtype:
-    """The base's; an adapter's own weights are wider."""
-    frozen = [p.dtype for p in module.parameters() if not p.requires_grad]
-    return frozen[0] if frozen else next(module.parameters()).dtype
+def _random(module: nn.Module, *shape: int) -> Tensor:
+    """In the dtype of the frozen base, on its device; an adapter's own weights are wider."""
+    like = next((p for p in module.parameters() if not p.requires_grad), next(module.parameters()))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like)

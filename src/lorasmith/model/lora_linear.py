@@ -43,7 +43,8 @@ class LoraLinear(Linear):  # type: ignore[misc]
         return (
             x.dtype == base.weight.dtype
             and not torch.is_autocast_enabled(x.device.type)
-            and not any(parameter.requires_grad for parameter in base.parameters())
+            and not base.weight.requires_grad
+            and (base.bias is None or not base.bias.requires_grad)
             and not any(_is_watched(module) for module in (base, self.lora_A[name], self.lora_B[name]))
             and _drops_statelessly(self.lora_dropout[name])
         )

@@ -140,10 +140,11 @@ class PackedModule:
         def forward(x_1TD: Tensor) -> Tensor:
             rows, numbers = self._rows, self.clock.token_numbers
             if rows is None:
-                return own(x_1TD)
+                whole_1TD: Tensor = own(x_1TD)
+                return whole_1TD
             self.clock.token_numbers = None if numbers is None else numbers[rows]
             try:
-                out_1ND = own(x_1TD.index_select(1, rows))
+                out_1ND: Tensor = own(x_1TD.index_select(1, rows))
             finally:
                 self.clock.token_numbers = numbers
             spread_1TD = out_1ND.new_zeros(1, x_1TD.shape[1], out_1ND.shape[2])

@@ -18,7 +18,7 @@ from lorasmith.types import Ints, Layout
 TILE = 128
 """Queries of a tile, at most. A longer segment is cut, and its early queries never meet its late keys."""
 
-_TILE_COST = 1500
+_TILE_COST = 4000
 """What a tile costs beside its scores, in scores per head: best of several at 12 heads of 64."""
 _WIDTH = 8
 """Scores are a multiple of this wide: a matmul to 111 columns takes longer than to 112."""

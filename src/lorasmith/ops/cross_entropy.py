@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorasmith.ops.gemm import linear
+
 _CHUNK_BYTES = {"cpu": 2 << 20}
 """Of one tile of logits: what stays in the caches of a CPU; 8 MiB was measured a fifth slower."""
 _CHUNK_BYTES_ELSEWHERE = 256 << 20
@@ -223,15 +225,12 @@ def _chunk(hidden_ND: Tensor, vocabulary: int, chunk_bytes: int | None) -> tuple
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in fp32 or wider; on a GPU 16-bit products leave the kernel unrounded."""
     if a.dtype.itemsize >= 4:
-        return torch.mm(a, b)
+        return linear(a, b.T)
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a, b).float()
 
 
 def _add_product(sum_: Tensor, a: Tensor, b: Tensor) -> None:
-    if sum_.dtype == a.dtype:
-        sum_.addmm_(a, b)
-    else:
-        sum_ += _product(a, b)
+    sum_ += _product(a, b)
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -18,8 +18,8 @@ from torch.autograd.function import once_differentiable
 from lorasmith.ops.dropout import DropoutMask, MaskRows, dropout
 from lorasmith.ops.gemm import linear
 
-_BLOCK = 1 << 18
-"""Elements of x in a block: enough work for every thread, little enough to stay in cache."""
+_BLOCK = 1 << 20
+"""Elements of x in a block: enough to keep every thread busy, few enough to stay in cache."""
 
 
 def lora_linear(
@@ -36,6 +36,8 @@ def lora_linear(
     The branch is computed in x's dtype, which is W's; A and B may be wider (fp32 masters over a bf16 base)
     and their gradients come out in their own dtype.
     """
+    if not torch.is_grad_enabled():  # a token of generation would spend a third of its time in autograd
+        return _forward(x, w_OD, bias_O, a_RD, b_OR, scaling, mask)[0]
     y: Tensor = _LoraLinear.apply(x, w_OD, bias_O, a_RD, b_OR, scaling, mask)  # type: ignore[no-untyped-call]
     return y
 
@@ -66,13 +68,10 @@ class _LoraLinear(torch.autograd.Function):
         scaling: float,
         mask: DropoutMask | None,
     ) -> Tensor:
-        x_ND = x.reshape(-1, x.shape[-1])
-        low_NR = _down(x_ND, a_RD.to(x.dtype), mask)
+        y, low_NR = _forward(x, w_OD, bias_O, a_RD, b_OR, scaling, mask)
         ctx.save_for_backward(x, low_NR, w_OD, a_RD, b_OR)
-        ctx.mask, ctx.scale = mask, scaling if mask is None else scaling * mask.scale
-        y_NO = linear(x_ND, w_OD, bias_O)
-        y_NO.addmm_(low_NR, b_OR.to(x.dtype).t(), alpha=ctx.scale)
-        return y_NO.view(*x.shape[:-1], len(w_OD))
+        ctx.mask, ctx.scale = mask, _scale(scaling, mask)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -86,6 +85,27 @@ class _LoraLinear(torch.autograd.Function):
         dlow_NR = linear(dy_NO, b_OR.to(dy.dtype).t()).mul_(ctx.scale)
         _up(dlow_NR, x_ND, a_RD.to(x.dtype), ctx.mask, dx_ND, da_RD)
         return dx_ND if dx_ND is None else dx_ND.view(x.shape), None, None, da_RD, db_OR, None, None
+
+
+def _forward(
+    x: Tensor,
+    w_OD: Tensor,
+    bias_O: Tensor | None,
+    a_RD: Tensor,
+    b_OR: Tensor,
+    scaling: float,
+    mask: DropoutMask | None,
+) -> tuple[Tensor, Tensor]:
+    """y (..., O), and drop(x) A^T (N, R) before any scale."""
+    x_ND = x.reshape(-1, x.shape[-1])
+    low_NR = _down(x_ND, a_RD.to(x.dtype), mask)
+    y_NO = linear(x_ND, w_OD, bias_O)
+    y_NO.addmm_(low_NR, b_OR.to(x.dtype).t(), alpha=_scale(scaling, mask))
+    return y_NO.view(*x.shape[:-1], len(w_OD)), low_NR
+
+
+def _scale(scaling: float, mask: DropoutMask | None) -> float:
+    return scaling if mask is None else scaling * mask.scale
 
 
 def _down(x_ND: Tensor, a_RD: Tensor, mask: DropoutMask | None) -> Tensor:
@@ -124,7 +144,8 @@ def _blocks(mask: DropoutMask, x_ND: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Slices of the rows, each with its ones and zeros, which the caller may overwrite."""
     num_rows, width = x_ND.shape
     assert len(mask.numbers_T) == num_rows, (len(mask.numbers_T), num_rows)
-    block = max(1, min(num_rows, _BLOCK // width))
+    elements = _BLOCK if x_ND.device.type == "cpu" else 16 * _BLOCK  # a GPU has no use for small pieces
+    block = max(1, min(num_rows, elements // width))
     drawn = MaskRows(mask, width, x_ND.dtype, block=block)
     for start in range(0, num_rows, block):
         stop = min(start + block, num_rows)

@@ -26,8 +26,8 @@ from torch.autograd.function import once_differentiable
 from lorasmith.ops.attention_tiles import Block, Tile, blocks_of
 from lorasmith.types import Layout
 
-_SCORES = 1 << 17
-"""Scores of one matmul: 512 KiB in fp32, what a core's second-level cache holds."""
+_SCORES = 1 << 19
+"""Scores of one matmul: 2 MiB in fp32, for the second-level caches of the cores that share the work."""
 
 
 @dataclass(frozen=True)

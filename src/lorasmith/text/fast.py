@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -117,6 +118,12 @@ class FastTokenizer(Tokenizer):
     def __reduce__(self) -> tuple[Any, ...]:
         """A copied backend forgets that control tokens are off in text: copies are made anew."""
         return _revived, (self._backend.to_str(), self.named, self.chat_template)
+
+    def fingerprint(self) -> str:
+        """Of the vocabulary as it is in use, so of a repaired one as repaired."""
+        digest = hashlib.sha256(json.dumps([self.named, self.chat_template]).encode())
+        digest.update(self._backend.to_str().encode())
+        return digest.hexdigest()
 
     def _named_id(self, name: str) -> int | None:
         token = self.named.get(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
@@ -100,6 +101,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _revived, (self._model, self._rules, self.chat_template)
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self._model + repr((self._rules, self.chat_template)).encode()).hexdigest()
 
     def _spelled(self, ids: Iterable[int], skip_special: bool) -> Iterator[bytes]:
         """Each id in UTF-8; ids beyond the vocabulary, for which a padded head has room, are nothing."""

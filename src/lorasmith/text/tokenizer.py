@@ -52,6 +52,10 @@ class Tokenizer(ABC):
     def stream(self, ids: Iterator[int]) -> Iterator[str]:
         """Decode id by id; yields only whole characters, which joined give `decode` of all ids."""
 
+    def fingerprint(self) -> str | None:
+        """sha256 of all that its ids depend on; None: nobody can tell, so nothing of it is cached."""
+        return None
+
     def encode(self, text: str) -> list[int]:
         return self.encode_all([text])[0]
 

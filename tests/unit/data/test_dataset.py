@@ -17,9 +17,10 @@ import pytest
 from character_chat import SPECIAL, CharacterChat
 
 from lorasmith.config import DataConfig
-from lorasmith.data.check import find, prompt_of
-from lorasmith.data.dataset import Dataset, fingerprint, load, split, survey
+from lorasmith.data.dataset import Dataset, fingerprint, load, split
 from lorasmith.data.encode import encode_conversations, fit_length
+from lorasmith.data.findings import find, prompt_of
+from lorasmith.data.survey import survey
 from lorasmith.errors import ConfigError, DataError, SetupError, StorageError
 from lorasmith.types import IGNORE_INDEX, Conversation, Message
 
@@ -51,8 +52,8 @@ def test_a_file_becomes_examples_in_order(tmp_path: Path) -> None:
     bos, assistant, end = (SPECIAL[f"<|{name}|>"] for name in ("bos", "assistant", "end"))
     assert data[0].input_ids.tolist() == [bos, ord("a") + 4, assistant, ord("b") + 4]
     assert data[0].labels.tolist() == [IGNORE_INDEX, IGNORE_INDEX, ord("b") + 4, end]
-    assert data[:1] == data.examples[:1]
-    assert (data.report.format, data.held_out) == ("alpaca", ())
+    assert [example.origin for example in data[:1]] == ["rows.jsonl:1"]
+    assert (data.report.format, len(data.held_out)) == ("alpaca", 0)
 
 
 def test_bad_rows_are_one_error_with_a_count_per_rule(tmp_path: Path) -> None:
@@ -173,6 +174,11 @@ def test_the_report_is_json_and_names_what_is_not_read(tmp_path: Path) -> None:
 # --- the held-out split ---
 
 
+def sides(talks: list[Conversation], fraction: float) -> tuple[list[Conversation], list[Conversation]]:
+    training, held_out = split(talks, fraction)
+    return [talks[row] for row in training], [talks[row] for row in held_out]
+
+
 def some_talks(count: int, prompts: int) -> list[Conversation]:
     return [talk(f"q{number % prompts}", f"a{number}", f"f:{number}") for number in range(count)]
 
@@ -180,7 +186,7 @@ def some_talks(count: int, prompts: int) -> list[Conversation]:
 @pytest.mark.parametrize("fraction", [0.02, 0.1, 0.5, 0.9])
 def test_no_prompt_stands_on_both_sides(fraction: float) -> None:
     talks = some_talks(3_000, 700)
-    training, held_out = split(talks, fraction)
+    training, held_out = sides(talks, fraction)
     assert not {prompt_of(c) for c in training} & {prompt_of(c) for c in held_out}
     assert sorted(c.origin for c in training + held_out) == sorted(c.origin for c in talks)
     assert abs(len(held_out) / len(talks) - fraction) < 0.06
@@ -188,16 +194,16 @@ def test_no_prompt_stands_on_both_sides(fraction: float) -> None:
 
 def test_the_split_does_not_hang_on_the_order_or_on_other_rows() -> None:
     talks = some_talks(500, 400)
-    held_out = {c.origin for c in split(talks, 0.3)[1]}
+    held_out = {c.origin for c in sides(talks, 0.3)[1]}
     shuffled = random.Random(0).sample(talks, len(talks))
-    assert {c.origin for c in split(shuffled, 0.3)[1]} == held_out
-    assert {c.origin for c in split(talks[:250], 0.3)[1]} == {o for o in held_out if int(o[2:]) < 250}
+    assert {c.origin for c in sides(shuffled, 0.3)[1]} == held_out
+    assert {c.origin for c in sides(talks[:250], 0.3)[1]} == {o for o in held_out if int(o[2:]) < 250}
 
 
 def test_an_equal_prompt_in_other_unicode_form_is_the_same_prompt() -> None:
     pairs = [(talk(f"é{n}", "a"), talk(f"e\u0301{n} ", "b")) for n in range(50)]
     talks = [one for pair in pairs for one in pair]
-    training, _ = split(talks, 0.5)
+    training, _ = sides(talks, 0.5)
     assert len(training) == len({id(c) for c in training})
     assert all((a in training) == (b in training) for a, b in pairs)
 

@@ -175,7 +175,7 @@ def test_tiles_hold_each_token_once_and_little_else() -> None:
     assert sorted(held.tolist()) == list(range(int(of.starts[-1])))
     scores = sum(tile.tokens_NQ.numel() * tile.num_keys for tile in tiles)
     assert len(tiles) < len(of.parents)
-    assert scores <= 1.2 * (11 * 11 + sum(n * (n + 11) for n in of.lengths[1:]))
+    assert scores <= 1.3 * (11 * 11 + sum(n * (n + 11) for n in of.lengths[1:]))
 
 
 class Largest(TorchDispatchMode):
@@ -204,4 +204,4 @@ def test_memory_grows_with_the_tokens_and_not_with_their_square(alibi: bool) -> 
             out = layout_attention(*leaves, index, 0.25)
         out.sum().backward()
     assert sum(kept.values()) == sum(x.nbytes for x in leaves), "inputs alone"
-    assert largest.nbytes <= TILE * 16 * TILE * 4, "a tile of one head's scores"
+    assert largest.nbytes <= 2 * TILE * 16 * TILE * 4, "a tile of two heads' scores"
