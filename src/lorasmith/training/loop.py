@@ -16,6 +16,7 @@ from lorasmith.model.adapter import adapter_files, trainable_parameters
 from lorasmith.model.checkpointing import activation_checkpointing
 from lorasmith.model.dropout import DropoutClock
 from lorasmith.model.packed import PackedModule, packed
+from lorasmith.storage import Storage
 from lorasmith.training.checkpoint import (
     TrainState,
     checkpoint_dir,
@@ -29,7 +30,6 @@ from lorasmith.training.picture import draw_losses
 from lorasmith.training.progress import Reporter, StepLine
 from lorasmith.training.schedule import learning_rate
 from lorasmith.training.step import StepResult, memory_told, train_step
-from lorasmith.training.storage import Storage
 from lorasmith.types import Batch
 
 
