@@ -9,6 +9,7 @@ LorasmithError                 exit code
 │   └── CheckpointError              4   nothing to resume from, or it belongs to another run
 ├── MemoryLimitError (MemoryError)   5   one conversation does not fit into memory
 ├── DivergedError    (ArithmeticError) 6 the loss or its gradient is not finite
+├── NotReproducedError                6   --resume prove: steps trained again came out otherwise
 └── StorageError     (OSError)       7   the disk refused
 """
 
@@ -65,6 +66,10 @@ class MemoryLimitError(LorasmithError, MemoryError):
 
 
 class DivergedError(LorasmithError, ArithmeticError):
+    exit_code = 6
+
+
+class NotReproducedError(LorasmithError):
     exit_code = 6
 
 

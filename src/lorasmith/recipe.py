@@ -5,12 +5,12 @@ Rooms that load torch are imported by the functions that need them, as in api.py
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasmith.api import Run, download, load_model, train
+from lorasmith.api import Resume, Run, download, load_model, require_resumable, train
 from lorasmith.config import LoraConfig, RunConfig
 from lorasmith.errors import ConfigError
 
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 def run(
     config: RunConfig,
     *,
-    resume: bool = False,
+    resume: Resume = False,
+    allow_changes: Sequence[str] = (),
     reporter: Reporter | None = None,
     on_data: Callable[[Dataset], None] | None = None,
 ) -> Run:
@@ -34,8 +35,12 @@ def run(
     """
     from lorasmith.training.lock import refuse_if_locked
 
-    refuse_if_locked(Path(config.train.output_dir))
-    prepared = _prepare(config, rejects_path=Path(config.train.output_dir) / "rejects.jsonl")
+    run_dir, proving = Path(config.train.output_dir), resume == "prove"
+    if config.train.output_dir:
+        require_resumable(run_dir, resume, allow_changes)
+    if not proving:
+        refuse_if_locked(run_dir)
+    prepared = _prepare(config, rejects_path=None if proving else run_dir / "rejects.jsonl")
     if on_data:
         on_data(prepared.data)
     _count_parameters(prepared, config.lora)
@@ -49,6 +54,7 @@ def run(
         lora=config.lora,
         train=config.train,
         resume=resume,
+        allow_changes=allow_changes,
         reporter=reporter,
     )
 

@@ -25,6 +25,7 @@ EXIT_CODES = {
     "CheckpointError": 4,
     "MemoryLimitError": 5,
     "DivergedError": 6,
+    "NotReproducedError": 6,
     "StorageError": 7,
 }
 BUILT_IN = {

@@ -8,7 +8,7 @@ import warnings
 
 import typer
 
-from lorasmith.cli import chat, convert, data, demo, download, families, generate, merge, train
+from lorasmith.cli import chat, convert, data, demo, download, families, generate, merge, runs, train
 from lorasmith.errors import LorasmithError
 
 app = typer.Typer(
@@ -21,12 +21,13 @@ app = typer.Typer(
     epilog="Any verb takes --debug, which shows the traceback of an error.",
 )
 app.command("demo")(demo.demo)
-app.command("train")(train.train)
+app.command("train", cls=train.ResumeCommand)(train.train)
 app.command("chat")(chat.chat)
 app.command("generate")(generate.generate)
 app.command("merge")(merge.merge)
 app.command("convert")(convert.convert)
 app.add_typer(data.app, name="data")
+app.command("runs")(runs.runs)
 app.command("families")(families.families)
 app.command("download")(download.download)
 

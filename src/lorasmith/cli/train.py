@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
+
+from lorasmith.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lorasmith.api import Run
+    from lorasmith.api import Resume, Run
     from lorasmith.config import RunConfig
     from lorasmith.data.dataset import Dataset
     from lorasmith.training.estimate import Plan
+
+_NEWEST = "newest"
 
 
 def train(
@@ -28,7 +34,22 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Any key of the config: train.learning_rate=2e-4."),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest good checkpoint.")] = False,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            "--resume",
+            metavar="[prove]",
+            help="Go on from the newest good checkpoint; `--resume prove` trains the steps before it again, "
+            "compares them bit by bit and changes nothing.",
+        ),
+    ] = None,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY",
+            help="What may differ from the run that is resumed: train.learning_rate, data, base.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it would do; read no weights.")
     ] = False,
@@ -46,18 +67,22 @@ def train(
         "data.on_bad_row": on_bad_row,
         "train.output_dir": output_dir,
     }
-    recipe = _read(config, flags, set_ or [], resume)
+    how = _resume_asked(resume)
+    recipe = _read(config, flags, set_ or [], bool(how))
     if dry_run:
         plan = plan_of(recipe)
         typer.echo(json.dumps(asdict(plan)) if json_ else describe_plan(recipe, plan))
         return
+    asked: dict[str, Any] = {"resume": how, "allow_changes": allow_change or []}
     if json_:
-        from lorasmith.training.progress import SilentReporter
+        from lorasmith.training.progress import EventReporter
 
-        run = run_recipe(recipe, resume=resume, reporter=SilentReporter())
+        run = run_recipe(recipe, reporter=EventReporter(), **asked)
         typer.echo(json.dumps(asdict(run), default=str))
         return
-    typer.echo(describe_run(run_recipe(recipe, resume=resume, on_data=say_data)))
+    run = run_recipe(recipe, on_data=say_data, **asked)
+    if not run.proved:  # a proof has said what came out, and made nothing new
+        typer.echo(describe_run(run))
 
 
 def say_data(data: Dataset) -> None:
@@ -97,6 +122,37 @@ def describe_run(run: Run) -> str:
             f"next     lorasmith chat {run.output_dir}",
         ]
     )
+
+
+class ResumeCommand(TyperCommand):
+    """`--resume` alone, and `--resume prove`: click's optional values would swallow a recipe that follows."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, list(_with_explicit_resume(args)))
+
+
+def _with_explicit_resume(args: Sequence[str]) -> Iterator[str]:
+    """`--resume` with the value it means, so that no word but "prove" is taken for one."""
+    rest = iter(args)
+    for argument in rest:
+        if argument == "--":
+            yield from (argument, *rest)
+        elif argument != "--resume":
+            yield argument
+        else:
+            following = next(rest, None)
+            yield "--resume=prove" if following == "prove" else f"--resume={_NEWEST}"
+            if following not in (None, "prove"):
+                yield from _with_explicit_resume([following, *rest])
+
+
+def _resume_asked(value: str | None) -> Resume:
+    """Raises: ConfigError for `--resume=` anything else."""
+    if value is None or value == _NEWEST:
+        return value is not None
+    if value != "prove":
+        raise ConfigError(f"--resume={value} is unknown", fix="write --resume, or --resume prove")
+    return "prove"
 
 
 def _read(config: Path | None, flags: dict[str, Any], sets: list[str], resume: bool) -> RunConfig:

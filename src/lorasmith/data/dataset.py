@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import overload
+from zlib import crc32
 
 from lorasmith.config import DataConfig
 from lorasmith.data.check import DataReport, describe, find, over_length_rows, prompt_of, token_stats
@@ -168,6 +169,14 @@ def fingerprint(examples: Iterable[Example]) -> str:
         digest.update(len(example).to_bytes(8, "little"))
         digest.update(example.input_ids.astype("<i8").tobytes() + example.labels.astype("<i8").tobytes())
     return digest.hexdigest()
+
+
+def row_hashes(examples: Iterable[Example]) -> tuple[str, ...]:
+    """CRC-32 of the ids and labels of each, as 8 hexadecimal digits: to name the row that changed."""
+    crcs = (
+        crc32(e.labels.astype("<i8").tobytes(), crc32(e.input_ids.astype("<i8").tobytes())) for e in examples
+    )
+    return tuple(f"{crc:08x}" for crc in crcs)
 
 
 @dataclass(frozen=True)

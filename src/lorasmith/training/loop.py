@@ -17,14 +17,8 @@ from lorasmith.model.checkpointing import activation_checkpointing
 from lorasmith.model.dropout import DropoutClock
 from lorasmith.model.packed import PackedModule, packed
 from lorasmith.storage import Storage
-from lorasmith.training.checkpoint import (
-    TrainState,
-    checkpoint_dir,
-    prune,
-    read_state,
-    restore,
-    save_checkpoint,
-)
+from lorasmith.training.checkpoint import prune, restore, save_checkpoint
+from lorasmith.training.manifest import TrainState, checkpoint_dir, read_state
 from lorasmith.training.metrics import MetricsLog, read_metrics
 from lorasmith.training.picture import draw_losses
 from lorasmith.training.progress import Reporter, StepLine
@@ -79,30 +73,38 @@ class Fit:
         self.optimizer = make_optimizer(model, config)
         self.state = TrainState(depends_on=depends_on)
         if resume_from is not None:
-            self.state = read_state(resume_from)
+            self.state = replace(read_state(resume_from), depends_on=depends_on)
             restore(resume_from, model, self.optimizer)
         self.log = MetricsLog(storage, run_dir, resumed_at=self.state.step if resume_from else None)
         self._window_tokens, self._window_start = 0, time.monotonic()
 
     def run(self) -> FitResult:
         """Train to the end. Raises: DivergedError, StorageError; the last checkpoint stands then."""
+        stopped_early = self.train_until(self.total_steps)
+        self._publish()
+        self.model.eval()
+        return fit_result(self.run_dir, self.state, self.total_steps, stopped_early=stopped_early)
+
+    def train_until(self, step: int) -> bool:
+        """Train as `run` does, but no further than `step`. True if early stopping ended it."""
         self.model.train()
         self.reporter.start(self.state.step, self.total_steps)
         recompute = self.config.activation_checkpointing
         try:
             with packed(self.model, self.clock) as rows, activation_checkpointing(self.model, recompute):
-                stopped_early = self._train(rows)
+                return self._train(rows, step)
         finally:
             self.reporter.finish()
-        self._publish()
-        self.model.eval()
-        return self._result(stopped_early)
 
-    def _train(self, rows: PackedModule) -> bool:
-        """True if early stopping ended it."""
+    def _train(self, rows: PackedModule, last: int) -> bool:
         if self.state.step == 0:
             self._evaluate(rows)
-        while self.state.step < self.total_steps:
+        patience = self.config.early_stopping_patience
+        while self.state.step < last:
+            if patience and self.state.evals_since_best >= patience:  # also where a resume stands there
+                self.reporter.note(f"stopped early: no better held-out loss in {patience} evaluations")
+                self._save()
+                return True
             result = self._step(rows)
             done = self.state.step == self.total_steps
             if done or self._due(self.config.logging_steps):
@@ -111,11 +113,6 @@ class Fit:
                 self._evaluate(rows)
             if done or self._due(self.config.save_steps) or self.state.best_step == self.state.step:
                 self._save()
-            patience = self.config.early_stopping_patience
-            if patience and self.state.evals_since_best >= patience and not done:
-                self.reporter.note(f"stopped early: no better held-out loss in {patience} evaluations")
-                self._save()
-                return True
         return False
 
     def _step(self, rows: PackedModule) -> StepResult:
@@ -150,6 +147,7 @@ class Fit:
         )
         self.log.write(
             step=line.step,
+            total_steps=line.total_steps,
             epoch=round(self.state.step / self.source.steps_per_epoch, 4),
             loss=line.loss,
             grad_norm=line.grad_norm,
@@ -193,16 +191,17 @@ class Fit:
             self.storage.replace(self.run_dir / name, data)
         draw_losses(self.storage, self.run_dir, read_metrics(self.run_dir))
 
-    def _result(self, stopped_early: bool) -> FitResult:
-        losses = [m["eval_loss"] for m in read_metrics(self.run_dir) if m.get("eval_loss") is not None]
-        return FitResult(
-            step=self.state.step,
-            total_steps=self.total_steps,
-            eval_loss_before=losses[0] if losses else None,
-            eval_loss_after=losses[-1] if losses else None,
-            best_step=self.state.best_step,
-            stopped_early=stopped_early,
-        )
+
+def fit_result(run_dir: Path, state: TrainState, total_steps: int, *, stopped_early: bool) -> FitResult:
+    losses = [m["eval_loss"] for m in read_metrics(run_dir) if m.get("eval_loss") is not None]
+    return FitResult(
+        step=state.step,
+        total_steps=total_steps,
+        eval_loss_before=losses[0] if losses else None,
+        eval_loss_after=losses[-1] if losses else None,
+        best_step=state.best_step,
+        stopped_early=stopped_early,
+    )
 
 
 def total_steps(source: StepSource, config: TrainConfig) -> int:
