@@ -284,7 +284,7 @@ def _session(
         chat=_chat_settings(tuned, rows.system) if tuned else None,
         rows=RowHashes(fingerprint(examples), row_hashes(examples), origins),
         largest_id=max(int(example.input_ids.max()) for example in chain(examples, held_out)),
-        held_out=bool(held_out),
+        held_out=fingerprint(held_out) if held_out else None,
         allow_changes=allow_changes,
         reporter=reporter,
         storage=storage,

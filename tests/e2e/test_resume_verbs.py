@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 
@@ -94,7 +95,7 @@ def four_parts(text):
     """The parts of a printed error: what, where, why, do."""
     first, *rest = text.strip().splitlines()
     assert first.startswith("error: ")
-    return first.removeprefix("error: "), {line[2:6].strip(" :"): line[9:] for line in rest if line[2] != " "}
+    return first.removeprefix("error: "), {line[2:8].strip(" :"): line[9:] for line in rest if line[2] != " "}
 
 
 def test_a_resume_goes_on_and_names_what_it_passes_over(verb, place, run):
@@ -206,20 +207,34 @@ def test_a_finished_run_can_be_made_longer(verb, run):
     assert (code, four_parts(err)[0]) == (2, "step-000008 lies beyond the end of the run, step 7")
 
 
+def with_another_answer(source, target, row):
+    rows = json.loads(source.read_text())
+    rows[row]["output"] = "It is a secret."
+    target.write_text(json.dumps(rows, ensure_ascii=False, indent=1))
+    return target
+
+
 def test_changed_data_is_refused_by_its_first_row(verb, place, run, tmp_path):
-    rows = json.loads((place / "rows.json").read_text())
-    rows[7]["output"] = "It is a secret."
-    (tmp_path / "rows.json").write_text(json.dumps(rows, ensure_ascii=False, indent=1))
-    other = ["train", "--resume", "-o", cut(run), "--data", tmp_path / "rows.json"]
+    rows = with_another_answer(place / "rows.json", tmp_path / "rows.json", 0)
+    other = ["train", "--resume", "-o", cut(run), "--data", rows]
     code, _, err = verb(*other)
     assert (code, four_parts(err)[0]) == (4, "this checkpoint belongs to another run: data changed")
-    assert f"the first that differs: 6 ({tmp_path / 'rows.json'}:" in err or "rows.json:" in err
+    assert "data  17 rows  17 rows; the first that differs: " in err
+    assert re.search(r"differs: \d+ \(.*rows\.json:\d+\)\n", err)
     assert "--allow-change data" in err
     assert verb(*other, "--allow-change", "data")[0] == 0
     prove = ["train", "--resume", "prove", "-o", run]
     assert verb(*prove)[0] == 0, "the new rows are the run's own now"
     code, _, err = verb(*prove, "--data", place / "rows.json", "--allow-change", "data")
     assert (code, four_parts(err)[0]) == (6, "steps 5 to 6 did not come out as they did then")
+
+
+def test_changed_held_out_rows_are_refused(verb, place, run, tmp_path):
+    rows = with_another_answer(place / "rows.json", tmp_path / "rows.json", 7)
+    other = ["train", "--resume", "-o", cut(run), "--data", rows]
+    code, _, err = verb(*other)
+    assert (code, four_parts(err)[0]) == (4, "this checkpoint belongs to another run: held_out changed")
+    assert verb(*other, "--allow-change", "held_out")[0] == 0
 
 
 def test_another_base_is_refused(verb, place, run, tmp_path):
@@ -268,7 +283,7 @@ def test_runs_shows_state_losses_and_checkpoints(verb, place, run, tmp_path):
     log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert finished["loss"] == [line["loss"] for line in log if "loss" in line][-1]
     assert finished["best_eval_loss"] == min(m["eval_loss"] for m in log if "eval_loss" in m and m["step"])
-    assert (finished["step"], finished["total_steps"], finished["num_rows"]) == (6, 6, 20)
+    assert (finished["step"], finished["total_steps"], finished["num_rows"]) == (6, 6, 17)
     assert (finished["base"], finished["data"]) == (str(place / "base"), str(place / "rows.json"))
     assert (finished["verified"], finished["damaged"]) == ([2, 4, 6], {}), "sizes are right"
     assert found["more/broken"]["damaged"]["2"] == "optimizer.safetensors is not what was written"

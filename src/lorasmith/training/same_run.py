@@ -79,7 +79,13 @@ def changes_since(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Chang
 
 def require_known(allowed: Sequence[str]) -> None:
     """Raises: ConfigError for an override that names nothing, or what cannot change within a run."""
-    known = ["data", "base", "model.dtype", *(k for k in _defaults() if k.startswith(("lora.", "train.")))]
+    known = [
+        "data",
+        "held_out",
+        "base",
+        "model.dtype",
+        *(k for k in _defaults() if k.startswith(("lora.", "train."))),
+    ]
     for key in allowed:
         if key in _FIXED:
             raise ConfigError(
@@ -132,14 +138,14 @@ def _row(change: Change, before: RowHashes | None, rows: RowHashes) -> tuple[str
     if change.key == "data":
         was, now = _data_told(change, before, rows)
         return "data", was, now
-    if change.key == "base":
-        return "base", f"fingerprint {_short(change.was)}", f"fingerprint {_short(change.now)}"
+    if change.key in ("held_out", "base"):
+        return change.key, _fingerprint_told(change.was), _fingerprint_told(change.now)
     return (change.key, _cell(change.was), _cell(change.now))
 
 
 def _data_told(change: Change, before: RowHashes | None, now: RowHashes) -> tuple[str, str]:
     if before is None or before.fingerprint != change.was:
-        return f"fingerprint {_short(change.was)}", f"{len(now.hashes):,} rows, {_short(change.now)}"
+        return _fingerprint_told(change.was), f"{len(now.hashes):,} rows, {_short(change.now)}"
     pairs = enumerate(zip(before.hashes, now.hashes, strict=False))
     shorter = min(len(before.hashes), len(now.hashes))
     first = next((n for n, (old, new) in pairs if old != new), shorter)
@@ -159,6 +165,10 @@ def _table(rows: Sequence[tuple[str, str, str]]) -> list[str]:
 def _cell(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= _CELL else f"{text[: _CELL - 3]}..."
+
+
+def _fingerprint_told(fingerprint: Any) -> str:
+    return "none" if fingerprint is None else f"fingerprint {_short(fingerprint)}"
 
 
 def _short(fingerprint: Any) -> str:

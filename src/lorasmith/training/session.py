@@ -51,6 +51,7 @@ class Outcome:
 class Session:
     """What a run is made of, checked. Nothing is written, and the module is as it was, until `run`.
 
+    `held_out`: a fingerprint of the held-out rows, which the best checkpoint depends on, or None.
     Raises: ConfigError for the config; DataError for token ids that the model does not have.
     """
 
@@ -64,14 +65,14 @@ class Session:
         chat: ChatSettings | None,
         rows: RowHashes,
         largest_id: int,
-        held_out: bool,
+        held_out: str | None,
         allow_changes: Sequence[str],
         reporter: Reporter,
         storage: Storage,
     ) -> None:
         self.base = _untuned(module)
         _require_ids(self.base, largest_id)
-        if not held_out:
+        if held_out is None:
             _refuse_idle_keys(config)
         self.run_dir, self.reporter = Path(config.train.output_dir), reporter
         self.config = _resolved(config, self.base)
@@ -80,6 +81,7 @@ class Session:
         self._depends_on = {
             **_settings(self.config),
             "data": rows.fingerprint,
+            "held_out": held_out,
             "base": _base_fingerprint(self.base),
         }
         self._clock = DropoutClock(config.train.seed)
