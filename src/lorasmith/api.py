@@ -168,7 +168,8 @@ def train(
     """Fine-tune a LoRA adapter; `model` carries it afterwards, and `output_dir` holds it.
 
     Raises: SetupError if a run lies in `output_dir` and `resume` is False; DataError for examples that this
-    model cannot take; DivergedError; StorageError.
+    model cannot take; MemoryLimitError; DivergedError; StorageError; Interrupted (a KeyboardInterrupt too) by
+    SIGINT, SIGTERM or SIGUSR1, with a checkpoint to resume from.
     """
     from lorasmith.data.dataset import Dataset, fingerprint
     from lorasmith.data.loader import held_out_loader, training_loader
@@ -201,7 +202,9 @@ def train(
         storage=storage or Storage(),
     )
     kept_out = held_out_loader(held_out, train, packed=packed)
-    result = session.run((lambda rows: mean_loss(rows, kept_out.epoch())) if kept_out else None)
+    result = session.run(
+        (lambda rows, most: mean_loss(rows, kept_out.epoch(max_tokens=most))) if kept_out else None
+    )
     if tuned:
         tuned.module, tuned.system = session.model, rows.system
     how_it_ended = asdict(result)

@@ -26,6 +26,9 @@ EXIT_CODES = {
     "MemoryLimitError": 5,
     "DivergedError": 6,
     "StorageError": 7,
+    "Interrupted": 130,
+    "Terminated": 143,
+    "Preempted": 75,
 }
 BUILT_IN = {
     "ConfigError": ValueError,
@@ -33,6 +36,7 @@ BUILT_IN = {
     "MemoryLimitError": MemoryError,
     "DivergedError": ArithmeticError,
     "StorageError": OSError,
+    "Interrupted": KeyboardInterrupt,
 }
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from lorasmith.errors import Interrupted
 
 if TYPE_CHECKING:
     from lorasmith.api import Run
@@ -54,10 +58,23 @@ def train(
     if json_:
         from lorasmith.training.progress import SilentReporter
 
-        run = run_recipe(recipe, resume=resume, reporter=SilentReporter())
+        with stops_told():
+            run = run_recipe(recipe, resume=resume, reporter=SilentReporter())
         typer.echo(json.dumps(asdict(run), default=str))
         return
-    typer.echo(describe_run(run_recipe(recipe, resume=resume, on_data=say_data)))
+    with stops_told():
+        run = run_recipe(recipe, resume=resume, on_data=say_data)
+    typer.echo(describe_run(run))
+
+
+@contextmanager
+def stops_told() -> Iterator[None]:
+    """A run that was asked to stop says how to go on, and exits by its signal (see `lorasmith.errors`)."""
+    try:
+        yield
+    except Interrupted as stop:  # typer knows any KeyboardInterrupt as 130, and says nothing
+        typer.echo(str(stop), err=True)
+        raise typer.Exit(stop.exit_code) from stop
 
 
 def say_data(data: Dataset) -> None:
@@ -80,9 +97,17 @@ def describe_plan(recipe: RunConfig, plan: Plan) -> str:
             f"parameters  {parameters.trainable:,} of {parameters.total:,} train "
             f"({parameters.trainable / parameters.total:.4%})",
             f"memory      about {memory.total / 1e9:.1f} GB: weights {memory.weights / 1e9:.1f}, "
-            f"adapter {memory.adapter / 1e9:.2f}, activations {memory.activations / 1e9:.2f}",
+            f"adapter {memory.adapter / 1e9:.2f}, activations {memory.activations / 1e9:.2f}"
+            f"{describe_room(plan)}",
         ]
     )
+
+
+def describe_room(plan: Plan) -> str:
+    """What is free here, and what activation checkpointing makes of it."""
+    free = "" if plan.free_memory is None else f"; {plan.free_memory / 1e9:.1f} GB are free here"
+    recomputed = f"{plan.recomputed_layers} of {plan.num_layers} layers recompute their activations"
+    return f"{free}; {recomputed}" if plan.recomputed_layers else free
 
 
 def describe_run(run: Run) -> str:

@@ -19,12 +19,21 @@ from lorasmith.model.dtype import DTYPE_NAMES
 from lorasmith.model.load import module_dtype
 from lorasmith.model.packed import PackedModule
 from lorasmith.training.checkpoint import read_state, require_same_run
-from lorasmith.training.loop import Fit, FitResult, StepSource
+from lorasmith.training.loop import Fit, FitResult
 from lorasmith.training.progress import Reporter
 from lorasmith.training.run_dir import open_run_dir, write_settings
+from lorasmith.training.source import StepSource
 from lorasmith.training.storage import Storage
 
-_NOT_THE_RESULT = {"output_dir", "max_tokens", "logging_steps", "save_steps", "save_total_limit"}
+_NOT_THE_RESULT = {
+    "output_dir",
+    "max_tokens",
+    "activation_checkpointing",
+    "max_skipped_steps",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+}
 """Keys of TrainConfig that a resume may change: they do not touch the adapter that comes out."""
 
 
@@ -76,7 +85,7 @@ class Session:
         self._initial = initial_tensors(self.model, config.lora)
         write_settings(storage, self.run_dir, self.config, chat)
 
-    def run(self, held_out_loss: Callable[[PackedModule], float] | None) -> FitResult:
+    def run(self, held_out_loss: Callable[[PackedModule, int], float] | None) -> FitResult:
         fit = Fit(
             self.model,
             self._source,
