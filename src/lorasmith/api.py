@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from lorasmith.data.dataset import Dataset
     from lorasmith.hub.adapter_dir import ChatSettings
     from lorasmith.model.model import Model
+    from lorasmith.storage import Storage
     from lorasmith.text.template import ChatFormat
     from lorasmith.training.progress import Reporter
-    from lorasmith.training.storage import Storage
 
 
 @dataclass(frozen=True)
@@ -167,18 +167,19 @@ def train(
 ) -> Run:
     """Fine-tune a LoRA adapter; `model` carries it afterwards, and `output_dir` holds it.
 
-    Raises: SetupError if a run lies in `output_dir` and `resume` is False; DataError for examples that this
-    model cannot take; MemoryLimitError; DivergedError; StorageError; Interrupted (a KeyboardInterrupt too) by
-    SIGINT, SIGTERM or SIGUSR1, with a checkpoint to resume from.
+    Raises: SetupError if a run lies in `output_dir` and `resume` is False, or another one is writing there;
+    DataError for examples that this model cannot take; MemoryLimitError; DivergedError; StorageError;
+    Interrupted (a KeyboardInterrupt too) by SIGINT, SIGTERM or SIGUSR1, with a checkpoint to resume from.
     """
     from lorasmith.data.dataset import Dataset, fingerprint
     from lorasmith.data.loader import held_out_loader, training_loader
     from lorasmith.evaluation.loss import mean_loss
     from lorasmith.model.model import Model
     from lorasmith.model.packed import takes_layout
+    from lorasmith.storage import Storage
+    from lorasmith.training.lock import run_lock
     from lorasmith.training.progress import default_reporter
     from lorasmith.training.session import Session
-    from lorasmith.training.storage import Storage
 
     lora, train = lora or LoraConfig(), train or TrainConfig()
     train = train.model_copy(update={"output_dir": str(output_dir)})
@@ -188,23 +189,25 @@ def train(
     config = RunConfig(model=tuned.config if tuned else ModelConfig(), data=rows, lora=lora, train=train)
     module = model.module if isinstance(model, Model) else model
     packed = takes_layout(module)
-    session = Session(
-        module,
-        training_loader(examples, train, packed=packed),
-        config,
-        family_targets=tuned.family.target_modules if tuned else None,
-        chat=_chat_settings(tuned, rows.system) if tuned else None,
-        data_fingerprint=fingerprint(examples),
-        largest_id=max(int(example.input_ids.max()) for example in chain(examples, held_out)),
-        held_out=bool(held_out),
-        resume=resume,
-        reporter=reporter or default_reporter(),
-        storage=storage or Storage(),
-    )
-    kept_out = held_out_loader(held_out, train, packed=packed)
-    result = session.run(
-        (lambda rows, most: mean_loss(rows, kept_out.epoch(max_tokens=most))) if kept_out else None
-    )
+    reporter, storage = reporter or default_reporter(), storage or Storage()
+    with run_lock(storage, Path(output_dir), reporter):
+        session = Session(
+            module,
+            training_loader(examples, train, packed=packed),
+            config,
+            family_targets=tuned.family.target_modules if tuned else None,
+            chat=_chat_settings(tuned, rows.system) if tuned else None,
+            data_fingerprint=fingerprint(examples),
+            largest_id=max(int(example.input_ids.max()) for example in chain(examples, held_out)),
+            held_out=bool(held_out),
+            resume=resume,
+            reporter=reporter,
+            storage=storage,
+        )
+        kept_out = held_out_loader(held_out, train, packed=packed)
+        result = session.run(
+            (lambda rows, most: mean_loss(rows, kept_out.epoch(max_tokens=most))) if kept_out else None
+        )
     if tuned:
         tuned.module, tuned.system = session.model, rows.system
     how_it_ended = asdict(result)

@@ -14,6 +14,7 @@ from lorasmith.hub.adapter_dir import ChatSettings, is_adapter_dir, read_chat_se
 from lorasmith.hub.download import resolve
 from lorasmith.model.dtype import DTYPES
 from lorasmith.model.load import read_model_config
+from lorasmith.storage import Storage
 from lorasmith.text.template import ChatFormat
 from lorasmith.training.run_dir import adapter_of
 
@@ -28,6 +29,7 @@ def merge(
     dtype: Dtype | None = None,
     base: str | None = None,
     checkpoint: int | None = None,
+    storage: Storage | None = None,
 ) -> Path:
     """A run, or any PEFT adapter directory, merged into its base: a model directory that needs no adapter.
 
@@ -55,6 +57,7 @@ def merge(
         layout=layout,
         dtype=DTYPES.get(dtype or "auto"),
         chat_format=_chat_format(directory, chat),
+        storage=storage or Storage(),
     )
     return target
 
@@ -66,6 +69,7 @@ def convert_adapter(
     output_dir: str | Path,
     base: str | None = None,
     new_base: str | None = None,
+    storage: Storage | None = None,
 ) -> Path:
     """An adapter over W_pack or query_key_value as one over q, k and v of the native layout, and back; exact.
 
@@ -78,7 +82,8 @@ def convert_adapter(
     _require_one_of("to", to, get_args(AdapterForm))
     source, target = Path(adapter), Path(output_dir)
     config = read_model_config(resolve(base or read_chat_settings(source).base))
-    convert(adapter_of(source, None), config, target, to=to, new_base=new_base)
+    files = storage or Storage()
+    convert(adapter_of(source, None), config, target, to=to, new_base=new_base, storage=files)
     return target
 
 

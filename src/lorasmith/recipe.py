@@ -34,6 +34,9 @@ def run(
 
     `on_data` is told the data set before the weights are read: the command line prints its report.
     """
+    from lorasmith.training.lock import refuse_if_locked
+
+    refuse_if_locked(Path(config.train.output_dir))
     prepared = _prepare(config, rejects_path=Path(config.train.output_dir) / "rejects.jsonl")
     if on_data:
         on_data(prepared.data)

@@ -12,9 +12,9 @@ from modules import KINDS, examples, save_tiny
 
 import lorasmith as ls
 from lorasmith.errors import CheckpointError, DivergedError, SetupError, StorageError
+from lorasmith.storage import Storage
 from lorasmith.training.checkpoint import list_checkpoints
 from lorasmith.training.progress import SilentReporter
-from lorasmith.training.storage import Storage
 
 VARIANTS = {"lora": {}, "dora": {"use_dora": True}, "pissa": {"init_lora_weights": "pissa"}}
 CELLS = [
@@ -41,6 +41,7 @@ class Dies(Storage):
     """The process ends in the middle of the write that would follow."""
 
     def __init__(self, after: int) -> None:
+        super().__init__()
         self.left = after
 
     def append(self, path, line):

@@ -28,6 +28,7 @@ from lorasmith.exporting.native import unit_rows
 from lorasmith.exporting.staging import staged
 from lorasmith.hub.adapter_dir import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lorasmith.hub.files import read_json
+from lorasmith.storage import Storage
 
 _PREFIX = "base_model.model."
 _PLAIN_ONLY = {
@@ -48,7 +49,13 @@ class Factors:
 
 
 def convert(
-    adapter: Path, config: PretrainedConfig, output_dir: Path, *, to: str, new_base: str | None
+    adapter: Path,
+    config: PretrainedConfig,
+    output_dir: Path,
+    *,
+    to: str,
+    new_base: str | None,
+    storage: Storage,
 ) -> None:
     """`config` is of the model that the adapter was trained on; `new_base` names the one it is for now.
 
@@ -64,9 +71,10 @@ def convert(
     else:
         modules, whole = _fused(modules, layout, rows), _original_whole(whole, modules, layout)
     text = json.dumps(_described(tree, modules, whole, new_base), indent=2, ensure_ascii=False) + "\n"
-    with staged(output_dir) as folder:
-        (folder / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
-        (folder / ADAPTER_WEIGHTS).write_bytes(save(_written(modules, whole), metadata={"format": "pt"}))
+    weights = save(_written(modules, whole), metadata={"format": "pt"})
+    with staged(storage, output_dir, needed=len(weights)) as folder:
+        storage.create(folder / ADAPTER_CONFIG, text.encode())
+        storage.create(folder / ADAPTER_WEIGHTS, weights)
 
 
 def _tensors(adapter: Path) -> dict[str, Tensor]:

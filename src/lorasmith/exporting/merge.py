@@ -28,6 +28,7 @@ from lorasmith.exporting.staging import refuse_content, staged
 from lorasmith.hub.files import read_json, read_json_if_there
 from lorasmith.model.adapter import load_adapter
 from lorasmith.model.load import load_base, module_dtype, read_model_config, without_progress_bar
+from lorasmith.storage import Storage
 from lorasmith.text.sentencepiece_model import SentencePieceTokenizer
 from lorasmith.text.template import ChatFormat
 
@@ -69,6 +70,7 @@ def merge(
     layout: str,
     dtype: torch.dtype | None,
     chat_format: ChatFormat | None,
+    storage: Storage,
 ) -> MergeRecord:
     """Weights, config and tokenizer of `base` with `adapter` in them, in `output_dir`, which must be empty.
 
@@ -85,11 +87,12 @@ def merge(
         fix = "name a run or an adapter directory"
         raise ConfigError("there is nothing to merge: this is a base model", where=str(base), fix=fix)
     stored = stored_dtype(base, config)
-    with staged(output_dir) as folder:
+    needed = _weight_bytes(base, stored, dtype or stored)
+    with staged(storage, output_dir, needed=needed) as folder:
         model = load_base(base, config, torch.promote_types(stored, dtype or stored), _CPU)
         record = _write(_Task(base, adapter, route, dtype or stored, chat_format), model, folder)
         text = json.dumps(asdict(record), indent=2, ensure_ascii=False) + "\n"
-        (folder / RECORD_FILE).write_text(text, encoding="utf-8")
+        storage.create(folder / RECORD_FILE, text.encode())
     return record
 
 
@@ -148,6 +151,13 @@ def stored_dtype(base: Path, config: PretrainedConfig) -> torch.dtype:
             for name in file.keys():  # noqa: SIM118  no mapping
                 return _DTYPES.get(file.get_slice(name).get_dtype(), torch.float32)
     return torch.float32
+
+
+def _weight_bytes(base: Path, stored: torch.dtype, dtype: torch.dtype) -> int:
+    """What the merged weights will take on the disk, from the sizes of the base's files."""
+    kinds = ([p.stat().st_size for p in base.glob(f"*{kind}")] for kind in (".safetensors", ".bin"))
+    size = next((sum(sizes) for sizes in kinds if sizes), 0)
+    return size * dtype.itemsize // stored.itemsize
 
 
 def _save(task: _Task, merged: PreTrainedModel, folder: Path) -> str:

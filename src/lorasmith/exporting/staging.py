@@ -2,36 +2,48 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
-import shutil
-import uuid
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lorasmith.errors import SetupError, StorageError
+from safetensors import SafetensorError
+
+from lorasmith.errors import SetupError
+from lorasmith.storage import Storage, hidden_name, told
+
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 @contextmanager
-def staged(target: Path) -> Iterator[Path]:
+def staged(storage: Storage, target: Path, *, needed: int = 0) -> Iterator[Path]:
     """An empty directory beside `target`, which becomes it by one rename when the block ends well.
+
+    `needed`: bytes that the block will write. What a killed process left beside `target` is removed first.
 
     Raises: SetupError, before anything is written, if `target` has content; StorageError if the disk refuses.
     """
     refuse_content(target)
-    temporary = target.with_name(f".tmp-{target.name}-{uuid.uuid4().hex[:8]}")
+    storage.make_dir(target.parent)
+    with told(target):
+        _remove_abandoned(storage, target)
+    storage.require_free(target, needed)
+    temporary = hidden_name("tmp", target)
+    with told(target):
+        storage.disk.make_dir(temporary)
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        _publish(temporary, target)
-    except OSError as error:
-        if isinstance(error, StorageError):
-            raise
-        raise StorageError(
-            f"cannot write {target.name}", where=str(target), why=error.strerror or str(error)
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with told(target), _held(temporary), _io_errors():
+            yield temporary
+            storage.sync_tree(temporary)
+            storage.rename(temporary, target)
+        storage.sync_dir(target.parent)
+    except BaseException:
+        with suppress(OSError):  # the error on its way is the better one; the next merge sweeps the rest
+            if temporary.exists():
+                storage.delete_tree(temporary)
+        raise
 
 
 def refuse_content(target: Path) -> None:
@@ -43,16 +55,45 @@ def refuse_content(target: Path) -> None:
         raise SetupError("there are files in the output directory already", where=str(target), fix=fix)
 
 
-def _publish(temporary: Path, target: Path) -> None:
-    for path in [*temporary.rglob("*"), temporary]:
-        _sync(path)
-    os.rename(temporary, target)
-    _sync(target.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+@contextmanager
+def _held(directory: Path) -> Iterator[None]:
+    """A lock says that the directory has a living owner; the kernel gives it back with the process."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(descriptor)
+        with suppress(OSError):  # no locks here: the directory may be taken for an abandoned one
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
     finally:
         os.close(descriptor)
+
+
+def _remove_abandoned(storage: Storage, target: Path) -> None:
+    ours = re.compile(rf"\.tmp-{re.escape(target.name)}-[0-9a-f]{{8}}")
+    for name in sorted(os.listdir(target.parent)):
+        path = target.with_name(name)
+        if ours.fullmatch(name) and path.is_dir() and not path.is_symlink() and not _is_held(path):
+            storage.delete_tree(path)
+
+
+def _is_held(directory: Path) -> bool:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+@contextmanager
+def _io_errors() -> Iterator[None]:
+    """safetensors tells a full disk in words; as the OSError that it was."""
+    try:
+        yield
+    except SafetensorError as error:
+        found = _OS_ERROR.search(str(error))
+        if found is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number)) from error

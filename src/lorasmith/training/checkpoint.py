@@ -1,12 +1,17 @@
-"""Checkpoints: what a resume needs, published by one rename, checked by a manifest before it is trusted."""
+"""Checkpoints: what a resume needs, published by one rename, checked by a manifest before it is trusted.
+
+MANIFEST.json: {"format": 2, "files": {name: {"size": bytes, "sha256": hex}}, "fingerprints": {of: hex}},
+where "of" is config, data and base. Only safetensors and JSON: nothing that is read can run code.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
+import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +21,17 @@ from safetensors.torch import load_file, save
 
 from lorasmith.errors import CheckpointError
 from lorasmith.model.adapter import adapter_files, restore_adapter, trainable_parameters
+from lorasmith.storage import Storage
 from lorasmith.training.guard import RECENT
-from lorasmith.training.storage import Storage
 
-FORMAT = 1
+FORMAT = 2
+"""Of MANIFEST.json and state.json."""
 _MANIFEST, _STATE, _OPTIMIZER = "MANIFEST.json", "state.json", "optimizer.safetensors"
 _VALUE = "/value"
-_STEP_DIR = re.compile(r"step-(\d{6,})")
+STEP_NAME = r"step-\d{6,}"
+_STEP_DIR = re.compile(STEP_NAME)
+_ROOM_FOR_NAMES = 1 << 20
+"""Bytes for headers, JSON and the rounding of the file system, beside the tensors of a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +99,33 @@ def save_checkpoint(
         _OPTIMIZER: _optimizer_bytes(model, optimizer, with_values=initial is not None),
         _STATE: _json_bytes({"format": FORMAT, **asdict(state)}),
     }
-    files[_MANIFEST] = _json_bytes({name: _fingerprint(data) for name, data in files.items()})
+    files[_MANIFEST] = _manifest(files, state.depends_on)
     path = checkpoint_dir(run_dir, state.step)
     storage.make_dir(path.parent)
+    _set_aside_later(storage, run_dir, state.step)
+    if damage(path) is None and (path / _MANIFEST).read_bytes() == files[_MANIFEST]:
+        return path
     storage.publish_dir(path, files)
     return path
+
+
+def require_room(
+    storage: Storage, run_dir: Path, model: peft.PeftModel, initial: Mapping[str, torch.Tensor] | None
+) -> None:
+    """Before the first step: one checkpoint that stands, one being written, and the final adapter.
+
+    Raises: StorageError with the bytes that are needed and those that are free.
+    """
+    adapter = sum(p.numel() * p.element_size() for p in trainable_parameters(model).values())
+    parts = 3 if initial is None else 5  # adapter, two moments; of twice the rank, and the values as they are
+    storage.require_free(run_dir, 2 * (parts * adapter + _ROOM_FOR_NAMES) + adapter)
+
+
+def _set_aside_later(storage: Storage, run_dir: Path, step: int) -> None:
+    """A later checkpoint was passed over or gone back from: retention must not count it as the newest."""
+    for path in list_checkpoints(run_dir):
+        if _step_of(path) > step:
+            storage.rename(path, path.with_name(f"set-aside-{path.name}-{uuid.uuid4().hex[:8]}"))
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -115,21 +146,42 @@ def newest_checkpoint(run_dir: Path) -> tuple[Path | None, dict[Path, str]]:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint; None if every file has the size and sha256 of its manifest."""
+    """What is wrong with a checkpoint; None if it holds the files of its manifest, each as it was written."""
     try:
-        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
-        for name, expected in manifest.items():
-            if _fingerprint((path / name).read_bytes()) != expected:
-                return f"{name} is not what was written"
-    except (OSError, ValueError, AttributeError) as error:
+        return _damage(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
-    surplus = {p.name for p in path.iterdir()} - set(manifest) - {_MANIFEST}
-    return f"unknown files: {', '.join(sorted(surplus))}" if surplus else None
+
+
+def _damage(path: Path) -> str | None:
+    if path.is_symlink():
+        return "it is a symbolic link"
+    irregular = [p.name for p in path.iterdir() if p.is_symlink() or not p.is_file()]
+    if irregular:
+        return f"not regular files: {', '.join(sorted(irregular))}"
+    data = (path / _MANIFEST).read_bytes()
+    manifest = json.loads(data)
+    if manifest.get("format") != FORMAT:
+        return f"{_MANIFEST} has format {manifest.get('format')!r}, this version of lorasmith reads {FORMAT}"
+    there = {p.name for p in path.iterdir()} - {_MANIFEST}
+    if missing := manifest["files"].keys() - there:
+        return f"missing files: {', '.join(sorted(missing))}"
+    if surplus := there - manifest["files"].keys():
+        return f"unknown files: {', '.join(sorted(surplus))}"
+    for name, expected in manifest["files"].items():
+        if (path / name).stat().st_size != expected["size"] or _fingerprint(path / name) != expected:
+            return f"{name} is not what was written"
+    state = read_state(path)
+    if data != _json_bytes(manifest) or manifest["fingerprints"] != _fingerprints(state.depends_on):
+        return f"{_MANIFEST} is not what was written"
+    return None if state.step == _step_of(path) else f"it holds step {state.step}"
 
 
 def read_state(path: Path) -> TrainState:
+    """Raises: CheckpointError for a state that another version wrote."""
     tree = json.loads((path / _STATE).read_text(encoding="utf-8"))
-    if tree.pop("format") != FORMAT:
+    known = {field.name for field in fields(TrainState)}
+    if tree.pop("format", None) != FORMAT or tree.keys() - known:
         raise CheckpointError("this checkpoint was written by another version of lorasmith", where=str(path))
     return TrainState(**tree)
 
@@ -148,7 +200,14 @@ def require_same_run(state: TrainState, depends_on: Mapping[str, Any], path: Pat
 
 
 def restore(path: Path, model: peft.PeftModel, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's adapter and moments back, bit by bit."""
+    """Put a checkpoint's adapter and moments back, bit by bit.
+
+    Raises: CheckpointError, before anything is changed, if it is not what was written.
+    """
+    problem = damage(path)
+    if problem is not None:
+        fix = "the other checkpoints stand: chat, generate and merge take one by --checkpoint"
+        raise CheckpointError(f"{path.name} is damaged", where=str(path), why=problem, fix=fix)
     tensors = load_file(path / _OPTIMIZER)
     if not any(key.endswith(_VALUE) for key in tensors):
         restore_adapter(model, path)
@@ -185,8 +244,22 @@ def _optimizer_bytes(model: peft.PeftModel, optimizer: torch.optim.Optimizer, *,
     return save(dict(sorted(tensors.items())))
 
 
-def _fingerprint(data: bytes) -> dict[str, Any]:
-    return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+def _manifest(files: Mapping[str, bytes], depends_on: Mapping[str, Any]) -> bytes:
+    told = {n: {"size": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in files.items()}
+    return _json_bytes({"format": FORMAT, "files": told, "fingerprints": _fingerprints(depends_on)})
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"size": path.stat().st_size, "sha256": sha256}
+
+
+def _fingerprints(depends_on: Mapping[str, Any]) -> dict[str, str | None]:
+    """Of the config (all settings that the adapter depends on, as one), of the data and of the base."""
+    settings = {key: value for key, value in depends_on.items() if key not in ("data", "base")}
+    config = hashlib.sha256(json.dumps(settings, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return {"config": config, "data": depends_on.get("data"), "base": depends_on.get("base")}
 
 
 def _json_bytes(tree: Mapping[str, Any]) -> bytes:

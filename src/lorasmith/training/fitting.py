@@ -1,6 +1,6 @@
 """How much a run computes at once: chosen at the start, and made smaller each time that memory runs out.
 
-None of it changes the result, up to rounding: the loss of a step is a sum over its targets, whatever its cuts.
+None of it changes the result, up to rounding: the loss of a step is a sum over its targets, however cut.
 """
 
 from __future__ import annotations

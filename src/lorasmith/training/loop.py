@@ -19,6 +19,7 @@ from lorasmith.model.adapter import adapter_files, trainable_parameters
 from lorasmith.model.checkpointing import activation_checkpointing
 from lorasmith.model.dropout import DropoutClock
 from lorasmith.model.packed import PackedModule, packed
+from lorasmith.storage import Storage
 from lorasmith.training.checkpoint import (
     TrainState,
     checkpoint_dir,
@@ -45,7 +46,6 @@ from lorasmith.training.schedule import learning_rate
 from lorasmith.training.signals import StopRequest, stop_requests
 from lorasmith.training.source import StepSource
 from lorasmith.training.step import StepResult, step_gradients, update
-from lorasmith.training.storage import Storage
 
 _ROWS_NAMED = 5
 
@@ -211,9 +211,10 @@ class Fit:
         if self.state.skipped_in_a_row < self.config.max_skipped_steps:
             return
         raise DivergedError(
-            f"step {self.state.step}: {problem}; the last {self.state.skipped_in_a_row} steps were not finite",
+            f"step {self.state.step}: {problem}",
             where=told,
-            why="the run diverged, or these rows break the model; none of these steps was taken",
+            why=f"{self.state.skipped_in_a_row} steps in a row were not finite, and were not taken: the run "
+            "diverged, or these rows break the model",
             fix="look at the rows; start again with a lower train.learning_rate, or with dtype bf16 or fp32 "
             "instead of fp16. The last checkpoint stands: lora.init_from goes on from its adapter",
         )

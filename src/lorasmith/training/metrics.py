@@ -7,18 +7,22 @@ import math
 from pathlib import Path
 from typing import Any
 
-from lorasmith.training.storage import Storage
+from lorasmith.storage import Storage
 
 METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Appends to a run's metrics.jsonl; a resume first drops the lines of steps that are taken again."""
+    """Appends to a run's metrics.jsonl; first drops what is no line, and the lines of steps taken again.
+
+    `resumed_at`: the checkpoint's step; None for a run that starts at step 0.
+    """
 
     def __init__(self, storage: Storage, run_dir: Path, *, resumed_at: int | None) -> None:
         self._storage, self._path = storage, run_dir / METRICS_FILE
-        if resumed_at is not None and self._path.exists():
-            kept = [line for line in read_metrics(run_dir) if line["step"] <= resumed_at]
+        if self._path.exists():
+            last = -1 if resumed_at is None else resumed_at
+            kept = [line for line in read_metrics(run_dir) if line["step"] <= last]
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
             storage.replace(self._path, text.encode())
 
@@ -29,14 +33,18 @@ class MetricsLog:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a last line that a crash cut short is left out."""
-    lines = []
-    for text in (run_dir / METRICS_FILE).read_text(encoding="utf-8").split("\n"):
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            continue
-    return lines
+    """The lines of a run's metrics.jsonl, without those that a crash or a bad disk left unreadable."""
+    path = run_dir / METRICS_FILE
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    return [line for line in map(_parsed, text.split("\n")) if line is not None]
+
+
+def _parsed(text: str) -> dict[str, Any] | None:
+    try:
+        tree = json.loads(text)
+    except ValueError:
+        return None
+    return tree if isinstance(tree, dict) and isinstance(tree.get("step"), int) else None
 
 
 def _not_finite(value: Any) -> bool:

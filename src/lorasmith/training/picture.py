@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lorasmith.training.storage import Storage
+from lorasmith.storage import Storage
 
 LOSS_PICTURE = "loss.png"
 _ENOUGH_TO_SMOOTH = 100

@@ -3,37 +3,58 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
 from lorasmith.config import RunConfig, to_yaml
 from lorasmith.errors import CheckpointError, ConfigError, SetupError
-from lorasmith.hub.adapter_dir import ADAPTER_WEIGHTS, CHAT_FORMAT_FILE, ChatSettings, is_adapter_dir
-from lorasmith.training.checkpoint import checkpoint_dir, damage, list_checkpoints, newest_checkpoint
+from lorasmith.hub.adapter_dir import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CHAT_FORMAT_FILE,
+    ChatSettings,
+    is_adapter_dir,
+)
+from lorasmith.storage import Storage
+from lorasmith.training.checkpoint import (
+    STEP_NAME,
+    checkpoint_dir,
+    damage,
+    list_checkpoints,
+    newest_checkpoint,
+)
+from lorasmith.training.metrics import METRICS_FILE
+from lorasmith.training.picture import LOSS_PICTURE
 from lorasmith.training.progress import Reporter
-from lorasmith.training.storage import Storage
 
 CONFIG_FILE = "config.yaml"
+_OUR_FILES = (CONFIG_FILE, CHAT_FORMAT_FILE, METRICS_FILE, LOSS_PICTURE, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 
 
 def open_run_dir(storage: Storage, run_dir: Path, *, resume: bool, reporter: Reporter) -> Path | None:
-    """Make the directory; returns the checkpoint to go on from, or None to start at step 0.
+    """The checkpoint to go on from, or None to start at step 0. The caller holds `run_lock`.
 
     Raises: SetupError if a run lies there and `resume` was not asked for; CheckpointError if it was, and
     none of the checkpoints verifies: a run never starts from scratch in silence.
     """
-    if run_dir.exists() and not run_dir.is_dir():
-        raise ConfigError("train.output_dir is a file", where=str(run_dir), fix="name a directory")
     if resume:
+        _remove_leftovers(storage, run_dir)
         return _checkpoint_to_resume(storage, run_dir, reporter)
-    if (run_dir / CONFIG_FILE).exists() or list_checkpoints(run_dir):
+    if any((run_dir / name).exists() for name in (CONFIG_FILE, METRICS_FILE)) or list_checkpoints(run_dir):
         raise SetupError(
             "there is a run in this directory already",
             where=str(run_dir),
             fix="go on with it by --resume, or choose another train.output_dir",
         )
-    storage.make_dir(run_dir)
+    _remove_leftovers(storage, run_dir)
     return None
+
+
+def _remove_leftovers(storage: Storage, run_dir: Path) -> None:
+    """What a killed run was writing or deleting; nothing that it did not name itself."""
+    storage.remove_leftovers(run_dir, "|".join(map(re.escape, _OUR_FILES)))
+    storage.remove_leftovers(run_dir / "checkpoints", STEP_NAME)
 
 
 def _checkpoint_to_resume(storage: Storage, run_dir: Path, reporter: Reporter) -> Path | None:
@@ -49,7 +70,6 @@ def _checkpoint_to_resume(storage: Storage, run_dir: Path, reporter: Reporter) -
         )
     if checkpoint is None:
         reporter.note(f"nothing to resume in {run_dir}: starting at step 0")
-        storage.make_dir(run_dir)
     else:
         reporter.note(f"going on from {checkpoint.name}")
     return checkpoint

@@ -18,12 +18,12 @@ from lorasmith.model.dropout import DropoutClock
 from lorasmith.model.dtype import DTYPE_NAMES
 from lorasmith.model.load import module_dtype
 from lorasmith.model.packed import PackedModule
-from lorasmith.training.checkpoint import read_state, require_same_run
+from lorasmith.storage import Storage
+from lorasmith.training.checkpoint import read_state, require_room, require_same_run
 from lorasmith.training.loop import Fit, FitResult
 from lorasmith.training.progress import Reporter
 from lorasmith.training.run_dir import open_run_dir, write_settings
 from lorasmith.training.source import StepSource
-from lorasmith.training.storage import Storage
 
 _NOT_THE_RESULT = {
     "output_dir",
@@ -83,6 +83,7 @@ class Session:
             clock=self._clock,
         )
         self._initial = initial_tensors(self.model, config.lora)
+        require_room(storage, self.run_dir, self.model, self._initial)
         write_settings(storage, self.run_dir, self.config, chat)
 
     def run(self, held_out_loss: Callable[[PackedModule, int], float] | None) -> FitResult:

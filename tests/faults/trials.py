@@ -1,0 +1,163 @@
+"""What a fork of the server does in one trial: a short run, a resume, a merge, on a disk with a fault."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import pickle
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from disk_faults import DyingDisk, FailingDisk, RecordingDisk, SmallDisk
+from modules import examples
+
+import lorasmith as ls
+import lorasmith.training.loop as loop
+from lorasmith.storage import Storage
+from lorasmith.training import checkpoint, lock
+from lorasmith.training.progress import SilentReporter
+
+STEPS = 4
+SAVE_STEPS = 2
+_LOADED: dict[str, Any] = {}
+"""What forks inherit: the base module and the examples."""
+
+
+def warm_up(base: Path) -> None:
+    torch.set_num_threads(1)
+    torch.set_num_interop_threads(1)
+    loop.draw_losses = _picture
+    _LOADED["data"] = examples(6)
+    _LOADED["base"] = base
+    scratch = Path(tempfile.mkdtemp(dir=base.parent))
+    _LOADED["module"] = ls.load_module(str(base), dtype="fp32")
+    _fit(scratch / "run", Storage())
+    ls.merge(scratch / "run", base=str(base), output_dir=scratch / "merged")
+    shutil.rmtree(scratch)
+    _LOADED["module"] = ls.load_module(str(base), dtype="fp32")
+
+
+def _picture(storage: Storage, run_dir: Path, metrics: Any) -> None:
+    """Stands for loss.png: the same system calls, without the drawing."""
+    storage.replace(run_dir / "loss.png", b"picture")
+
+
+def _fit(run_dir: Path, storage: Storage, *, resume: bool = False) -> None:
+    ls.train(
+        _LOADED["module"],
+        _LOADED["data"],
+        output_dir=run_dir,
+        lora=ls.LoraConfig(r=2, lora_dropout=0.2),
+        train=ls.TrainConfig(
+            num_epochs=STEPS,
+            max_steps=STEPS,
+            batch_size=3,
+            save_steps=SAVE_STEPS,
+            save_total_limit=1,
+            logging_steps=1,
+            learning_rate=1e-2,
+        ),
+        resume=resume,
+        reporter=SilentReporter(),
+        storage=storage,
+    )
+
+
+def _act(storage: Storage, run_dir: str, target: str | None, *, resume: bool = False) -> None:
+    """A merge where there is a target, else a run."""
+    if target is not None:
+        ls.merge(run_dir, base=str(_LOADED["base"]), output_dir=target, storage=storage)
+    else:
+        _fit(Path(run_dir), storage, resume=resume)
+
+
+class WrittenInPlace(Storage):
+    """A checkpoint's files appear one by one under its own name."""
+
+    def publish_dir(self, path: Path, files: Mapping[str, bytes]) -> None:
+        self.make_dir(path)
+        for name, data in files.items():
+            self.create(path / name, data)
+
+
+class DeletedInPlace(Storage):
+    """A checkpoint's files disappear one by one under its own name."""
+
+    def remove_dir(self, path: Path) -> None:
+        self.delete_tree(path)
+
+
+_PROTOCOLS = {"ours": Storage, "written_in_place": WrittenInPlace, "deleted_in_place": DeletedInPlace}
+
+
+def plain(run_dir: str, target: str | None = None, *, resume: bool = False) -> None:
+    _act(Storage(), run_dir, target, resume=resume)
+
+
+def trusting(run_dir: str, *, resume: bool = False) -> None:
+    """A resume that asks no manifest."""
+    checkpoint.damage = lambda path: None
+    _act(Storage(), run_dir, None, resume=resume)
+
+
+def clock_steps(run_dir: str, *, resume: bool = False) -> None:
+    """The wall clock jumps at every look: an hour back, then a year forward."""
+    real, jumps = time.time, itertools.cycle((-3600.0, 365 * 86400.0, -1e9))
+    time.time = lambda: real() + next(jumps)
+    _act(Storage(), run_dir, None, resume=resume)
+
+
+def limited(run_dir: str, limit: str, value: int, target: str | None = None, *, resume: bool = False) -> None:
+    """Under a real limit of the kernel, by its name in `resource`."""
+    resource.setrlimit(getattr(resource, limit), (value, value))
+    _act(Storage(), run_dir, target, resume=resume)
+
+
+def small_disk(run_dir: str, free: int, generous: int) -> None:
+    _act(Storage(SmallDisk(free, generous)), run_dir, None)
+
+
+def unlocked(run_dir: str, *, resume: bool = False) -> None:
+    """A run that asks for no lock."""
+    lock.run_lock = lambda *_: contextlib.nullcontext()
+    _act(Storage(), run_dir, None, resume=resume)
+
+
+def killed_at(
+    run_dir: str, nth: int, target: str | None = None, *, resume: bool = False, protocol: str = "ours"
+) -> None:
+    _act(_PROTOCOLS[protocol](DyingDisk(nth)), run_dir, target, resume=resume)
+
+
+def failing_at(
+    run_dir: str,
+    nth: int,
+    number: int,
+    target: str | None = None,
+    *,
+    lasting: bool = False,
+    resume: bool = False,
+) -> bool:
+    """Whether the fault came at all, if nothing was raised."""
+    disk = FailingDisk(nth, number, lasting=lasting)
+    _act(Storage(disk), run_dir, target, resume=resume)
+    return disk.count >= nth
+
+
+def recorded(
+    run_dir: str,
+    calls_file: str,
+    target: str | None = None,
+    *,
+    unsynced: str | None = None,
+    protocol: str = "ours",
+) -> None:
+    disk = RecordingDisk(unsynced)
+    _act(_PROTOCOLS[protocol](disk), run_dir, target)
+    Path(calls_file).write_bytes(pickle.dumps(disk.calls))
