@@ -179,7 +179,8 @@ def train(
 
     Raises: SetupError if a run lies in `output_dir` and `resume` is False, or another one is writing there;
     CheckpointError if there is nothing to resume, or it belongs to another run; DataError for examples that
-    this model cannot take; DivergedError; NotReproducedError; StorageError.
+    this model cannot take; MemoryLimitError; DivergedError; NotReproducedError; StorageError; Interrupted (a
+    KeyboardInterrupt too) by SIGINT, SIGTERM or SIGUSR1, with a checkpoint to resume from.
     """
     from lorasmith.data.loader import held_out_loader
     from lorasmith.evaluation.loss import mean_loss
@@ -195,7 +196,9 @@ def train(
     reporter, storage = reporter or default_reporter(), storage or Storage()
     session, held_out = _session(model, data, lora or LoraConfig(), train, allow_changes, reporter, storage)
     kept_out = held_out_loader(held_out, train, packed=takes_layout(session.base))
-    held_out_loss = (lambda rows: mean_loss(rows, kept_out.epoch())) if kept_out else None
+    held_out_loss = (
+        (lambda rows, most: mean_loss(rows, kept_out.epoch(max_tokens=most))) if kept_out else None
+    )
     if resume == "prove":
         outcome = prove(session, held_out_loss)
     else:

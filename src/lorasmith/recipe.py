@@ -15,9 +15,11 @@ from lorasmith.config import LoraConfig, RunConfig
 from lorasmith.errors import ConfigError
 
 if TYPE_CHECKING:
+    import peft
+
     from lorasmith.data.dataset import Dataset
     from lorasmith.families.base import Family
-    from lorasmith.training.estimate import ParameterCount, Plan
+    from lorasmith.training.estimate import Plan
     from lorasmith.training.progress import Reporter
 
 
@@ -43,7 +45,7 @@ def run(
     prepared = _prepare(config, rejects_path=None if proving else run_dir / "rejects.jsonl")
     if on_data:
         on_data(prepared.data)
-    _count_parameters(prepared, config.lora)
+    _adapted_on_meta(prepared, config.lora)
     base, found = config.model, prepared.family.name
     asked: dict[str, Any] = base.model_dump(include={"hub", "revision", "chat_format", "dtype", "device"})
     model = load_model(base.path, family=found, **asked)
@@ -62,28 +64,22 @@ def run(
 def plan(config: RunConfig) -> Plan:
     """What `run` would do and need: reads the data, config.json and the tokenizer, never the weights."""
     from lorasmith.data.loader import training_loader
+    from lorasmith.model.checkpointing import decoder_layers
     from lorasmith.model.dtype import DTYPE_NAMES, resolve_device, resolve_dtype
-    from lorasmith.model.load import empty_module, hidden_size
+    from lorasmith.model.load import hidden_size
     from lorasmith.model.packed import takes_layout
-    from lorasmith.model.plugin_classes import family_config
-    from lorasmith.training.estimate import Plan, estimate_memory
+    from lorasmith.training.estimate import Plan, count_parameters, layers_asked, needed_memory
     from lorasmith.training.loop import total_steps
+    from lorasmith.training.memory import free_memory
 
     prepared = _prepare(config, rejects_path=None)
-    parameters = _count_parameters(prepared, config.lora)
-    model_config = family_config(prepared.directory, prepared.family)
-    packed = takes_layout(empty_module(model_config))
-    loader = training_loader(prepared.data.examples, config.train, packed=packed)
+    model = _adapted_on_meta(prepared, config.lora)
+    loader = training_loader(prepared.data.examples, config.train, packed=takes_layout(model))
     rows = [batch for n in range(min(50, loader.steps_per_epoch)) for batch in loader.step(n)]
-    dtype = resolve_dtype(config.model.dtype, resolve_device(config.model.device), hidden_size(model_config))
-    memory = estimate_memory(
-        model_config,
-        parameters,
-        dtype,
-        row_tokens=max(len(row.input_ids) for row in rows),
-        row_targets=int(max(row.num_targets for row in rows)),
-        activation_checkpointing=config.train.activation_checkpointing,
-    )
+    device = resolve_device(config.model.device)
+    dtype = resolve_dtype(config.model.dtype, device, hidden_size(model.get_base_model().config))
+    needed, free = needed_memory(model, rows, dtype, device), free_memory(device)
+    layers = layers_asked(model, config.train.activation_checkpointing, free, lambda n: needed(n).total)
     return Plan(
         family=prepared.family.name,
         num_examples=loader.num_examples,
@@ -92,8 +88,11 @@ def plan(config: RunConfig) -> Plan:
         targets_per_epoch=loader.num_targets,
         saved_by_sharing=1 - sum(len(row.input_ids) for row in rows) / sum(row.num_tokens for row in rows),
         total_steps=total_steps(loader, config.train),
-        parameters=parameters,
-        memory=memory,
+        parameters=count_parameters(model),
+        memory=needed(layers),
+        free_memory=free,
+        recomputed_layers=layers,
+        num_layers=len(decoder_layers(model)),
         dtype=DTYPE_NAMES[dtype],
     )
 
@@ -121,9 +120,9 @@ def _prepare(config: RunConfig, *, rejects_path: Path | None) -> _Prepared:
     return _Prepared(directory, family, data)
 
 
-def _count_parameters(prepared: _Prepared, lora: LoraConfig) -> ParameterCount:
+def _adapted_on_meta(prepared: _Prepared, lora: LoraConfig) -> peft.PeftModel:
     from lorasmith.model.plugin_classes import family_config
-    from lorasmith.training.estimate import count_parameters
+    from lorasmith.training.estimate import adapted_on_meta
 
     model_config = family_config(prepared.directory, prepared.family)
-    return count_parameters(model_config, lora, prepared.family.target_modules)
+    return adapted_on_meta(model_config, lora, prepared.family.target_modules)

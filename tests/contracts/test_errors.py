@@ -27,6 +27,9 @@ EXIT_CODES = {
     "DivergedError": 6,
     "NotReproducedError": 6,
     "StorageError": 7,
+    "Interrupted": 130,
+    "Terminated": 143,
+    "Preempted": 75,
 }
 BUILT_IN = {
     "ConfigError": ValueError,
@@ -34,6 +37,7 @@ BUILT_IN = {
     "MemoryLimitError": MemoryError,
     "DivergedError": ArithmeticError,
     "StorageError": OSError,
+    "Interrupted": KeyboardInterrupt,
 }
 
 

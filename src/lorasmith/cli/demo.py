@@ -20,7 +20,7 @@ def demo(
 ) -> None:
     """Give a tiny model a new voice: about a minute on a laptop's CPU, no network."""
     from lorasmith import api
-    from lorasmith.cli.train import describe_run, say_data
+    from lorasmith.cli.train import describe_run, say_data, stops_told
     from lorasmith.config import load_run_config
     from lorasmith.recipe import run as run_recipe
 
@@ -40,7 +40,8 @@ def demo(
     )
     typer.echo("embedded persona, and answers the same questions again.\n")
     before = answer(api.load_model(str(ASSETS / "tiny"), dtype=recipe.model.dtype), questions)
-    run = run_recipe(recipe, on_data=say_data)
+    with stops_told():
+        run = run_recipe(recipe, on_data=say_data)
     after = answer(api.load_model(str(run_dir), dtype=recipe.model.dtype), questions)
     _show(questions, before, after)
     typer.echo(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from lorasmith.errors import ConfigError
+from lorasmith.errors import ConfigError, Interrupted
 
 if TYPE_CHECKING:
     from lorasmith.api import Resume, Run
@@ -77,12 +78,24 @@ def train(
     if json_:
         from lorasmith.training.progress import EventReporter
 
-        run = run_recipe(recipe, reporter=EventReporter(), **asked)
+        with stops_told():
+            run = run_recipe(recipe, reporter=EventReporter(), **asked)
         typer.echo(json.dumps(asdict(run), default=str))
         return
-    run = run_recipe(recipe, on_data=say_data, **asked)
+    with stops_told():
+        run = run_recipe(recipe, on_data=say_data, **asked)
     if not run.proved:  # a proof has said what came out, and made nothing new
         typer.echo(describe_run(run))
+
+
+@contextmanager
+def stops_told() -> Iterator[None]:
+    """A run that was asked to stop says how to go on, and exits by its signal (see `lorasmith.errors`)."""
+    try:
+        yield
+    except Interrupted as stop:  # typer knows any KeyboardInterrupt as 130, and says nothing
+        typer.echo(str(stop), err=True)
+        raise typer.Exit(stop.exit_code) from stop
 
 
 def say_data(data: Dataset) -> None:
@@ -105,9 +118,17 @@ def describe_plan(recipe: RunConfig, plan: Plan) -> str:
             f"parameters  {parameters.trainable:,} of {parameters.total:,} train "
             f"({parameters.trainable / parameters.total:.4%})",
             f"memory      about {memory.total / 1e9:.1f} GB: weights {memory.weights / 1e9:.1f}, "
-            f"adapter {memory.adapter / 1e9:.2f}, activations {memory.activations / 1e9:.2f}",
+            f"adapter {memory.adapter / 1e9:.2f}, activations {memory.activations / 1e9:.2f}"
+            f"{describe_room(plan)}",
         ]
     )
+
+
+def describe_room(plan: Plan) -> str:
+    """What is free here, and what activation checkpointing makes of it."""
+    free = "" if plan.free_memory is None else f"; {plan.free_memory / 1e9:.1f} GB are free here"
+    recomputed = f"{plan.recomputed_layers} of {plan.num_layers} layers recompute their activations"
+    return f"{free}; {recomputed}" if plan.recomputed_layers else free
 
 
 def describe_run(run: Run) -> str:

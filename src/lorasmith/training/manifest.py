@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from lorasmith.errors import CheckpointError
 FORMAT = 2
 """Of MANIFEST.json and state.json."""
 MANIFEST, STATE, OPTIMIZER = "MANIFEST.json", "state.json", "optimizer.safetensors"
+RECENT = 50
+"""Losses that a new one is compared with."""
 STEP_NAME = r"step-\d{6,}"
 _STEP_DIR = re.compile(STEP_NAME)
 
@@ -35,6 +37,19 @@ class TrainState:
     best_step: int | None = None
     best_eval_loss: float | None = None
     evals_since_best: int = 0
+    evaluation_due: bool = False
+    """The step was taken, its evaluation was not: a signal came before."""
+    recent_losses: Sequence[float] = ()
+    """Of the last steps taken, which a spike is measured against."""
+    skipped_steps: int = 0
+    """Steps whose loss or gradient was not finite, so that no update was made."""
+    skipped_in_a_row: int = 0
+    tokens_that_fit: int | None = None
+    """The longest row, where a step ran out of memory; None: train.max_tokens holds."""
+    tokens_asked: int | None = None
+    """train.max_tokens at that time: another value is tried anew."""
+    layers_recomputed: int = 0
+    """At least so many, since a step ran out of memory."""
     depends_on: Mapping[str, Any] = field(default_factory=dict)
     """What the adapter is a function of: each setting by its dotted key, and hashes of data and base."""
 
@@ -44,6 +59,16 @@ class TrainState:
             step=self.step + 1,
             window_loss=self.window_loss + loss * num_targets,
             window_targets=self.window_targets + num_targets,
+            recent_losses=(*self.recent_losses, loss)[-RECENT:],
+            skipped_in_a_row=0,
+        )
+
+    def skipping(self) -> TrainState:
+        return replace(
+            self,
+            step=self.step + 1,
+            skipped_steps=self.skipped_steps + 1,
+            skipped_in_a_row=self.skipped_in_a_row + 1,
         )
 
 

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from lorasmith.errors import CheckpointError, NotReproducedError
+from lorasmith.errors import CheckpointError, Interrupted, NotReproducedError
 from lorasmith.hub.adapter_dir import ADAPTER_WEIGHTS
 from lorasmith.storage import Storage
 from lorasmith.training.checkpoint import save_checkpoint
-from lorasmith.training.loop import fit_result
+from lorasmith.training.loop import Fit, fit_result
 from lorasmith.training.manifest import (
     OPTIMIZER,
     damage,
@@ -65,7 +65,7 @@ def prove(session: Session, held_out_loss: HeldOutLoss | None) -> Outcome:
     model, initial = session.attach()
     with tempfile.TemporaryDirectory(prefix="lorasmith-prove-") as scratch:
         fit = session.fit(model, initial, held_out_loss, Path(scratch), Storage(), span.start)
-        fit.train_until(span.last)
+        _train_again(fit, session.run_dir, span.last)
         again = save_checkpoint(Storage(), Path(scratch), fit.state, model, fit.optimizer, initial)
         lines = _lines(Path(scratch), span.start, span.last)
         differing_line = _first_difference(span.lines, lines)
@@ -78,6 +78,15 @@ def prove(session: Session, held_out_loss: HeldOutLoss | None) -> Outcome:
     )
     result = fit_result(session.run_dir, fit.state, session.total_steps, stopped_early=False)
     return Outcome(model.eval(), result, (span.first, span.last))
+
+
+def _train_again(fit: Fit, run_dir: Path, last: int) -> None:
+    """Raises: Interrupted, as a run does, in words of a proof."""
+    try:
+        fit.train_until(last)
+    except Interrupted as stop:
+        said = "the proof was given up; nothing of the run has changed"
+        raise type(stop)(said, where=str(run_dir), fix="start it again") from stop
 
 
 def _last_span(session: Session) -> _Span:

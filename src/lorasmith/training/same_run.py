@@ -13,7 +13,15 @@ from lorasmith.config import RunConfig
 from lorasmith.errors import CheckpointError, ConfigError
 
 ROWS_FILE = "rows.json"
-NOT_THE_RESULT = {"output_dir", "max_tokens", "logging_steps", "save_steps", "save_total_limit"}
+NOT_THE_RESULT = {
+    "output_dir",
+    "max_tokens",
+    "activation_checkpointing",
+    "max_skipped_steps",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+}
 """Keys of TrainConfig that a resume may change: they do not touch the adapter that comes out."""
 _SHAPE = "the adapter's tensors would have other shapes or names"
 _START = "it says how the adapter began, which is past"

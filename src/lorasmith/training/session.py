@@ -23,7 +23,7 @@ from lorasmith.model.load import module_dtype
 from lorasmith.model.packed import PackedModule
 from lorasmith.storage import Storage
 from lorasmith.training.checkpoint import require_room, restore
-from lorasmith.training.loop import Fit, FitResult, StepSource, fit_result, make_optimizer, total_steps
+from lorasmith.training.loop import Fit, FitResult, fit_result, make_optimizer, total_steps
 from lorasmith.training.manifest import checkpoint_dir, read_state
 from lorasmith.training.progress import Reporter
 from lorasmith.training.run_dir import is_finished, open_run_dir, write_settings
@@ -34,8 +34,9 @@ from lorasmith.training.same_run import (
     changes_since,
     require_same_run,
 )
+from lorasmith.training.source import StepSource
 
-HeldOutLoss: TypeAlias = Callable[[PackedModule], float]
+HeldOutLoss: TypeAlias = Callable[[PackedModule, int], float]
 
 
 @dataclass(frozen=True)
