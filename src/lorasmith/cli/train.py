@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 from typer.core import TyperCommand
@@ -21,6 +21,21 @@ if TYPE_CHECKING:
     from lorasmith.training.estimate import Plan
 
 _NEWEST = "newest"
+ResumeFlag: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--resume",
+        metavar="[prove]",
+        help="Go on from the newest good checkpoint; `--resume prove` trains the steps before it again, "
+        "compares them bit by bit and changes nothing.",
+    ),
+]
+AllowChange: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY", help="What may differ from the run that is resumed: train.learning_rate, data, base."
+    ),
+]
 
 
 def train(
@@ -35,22 +50,8 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Any key of the config: train.learning_rate=2e-4."),
     ] = None,
-    resume: Annotated[
-        str | None,
-        typer.Option(
-            "--resume",
-            metavar="[prove]",
-            help="Go on from the newest good checkpoint; `--resume prove` trains the steps before it again, "
-            "compares them bit by bit and changes nothing.",
-        ),
-    ] = None,
-    allow_change: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="KEY",
-            help="What may differ from the run that is resumed: train.learning_rate, data, base.",
-        ),
-    ] = None,
+    resume: ResumeFlag = None,
+    allow_change: AllowChange = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it would do; read no weights.")
     ] = False,
