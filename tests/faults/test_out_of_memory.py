@@ -23,8 +23,8 @@ from lorasmith.model.checkpointing import activation_checkpointing
 from lorasmith.model.dropout import DropoutClock
 from lorasmith.model.packed import packed
 from lorasmith.testing.texts import random_examples
-from lorasmith.training.checkpoint import list_checkpoints, read_state
 from lorasmith.training.fitting import Fitting, Room, smaller
+from lorasmith.training.manifest import list_checkpoints, read_state
 from lorasmith.training.progress import SilentReporter
 from lorasmith.training.step import step_gradients
 

@@ -19,7 +19,7 @@ import lorasmith as ls
 from lorasmith.data.dataset import Dataset
 from lorasmith.errors import Interrupted, Preempted, Terminated
 from lorasmith.storage import Storage
-from lorasmith.training.checkpoint import list_checkpoints, newest_checkpoint, read_state
+from lorasmith.training.manifest import list_checkpoints, newest_checkpoint, read_state
 from lorasmith.training.progress import SilentReporter
 from lorasmith.training.signals import stop_requests
 
