@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from lorasmith.config import (
     TrainConfig,
     validate,
 )
-from lorasmith.errors import DataError
+from lorasmith.errors import ConfigError, DataError
 from lorasmith.types import Completion, Example, Message
 
 if TYPE_CHECKING:
@@ -36,8 +36,10 @@ if TYPE_CHECKING:
     from lorasmith.model.model import Model
     from lorasmith.storage import Storage
     from lorasmith.text.template import ChatFormat
-    from lorasmith.training.loop import FitResult
     from lorasmith.training.progress import Reporter
+    from lorasmith.training.session import Session
+
+Resume: TypeAlias = bool | Literal["prove"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Run:
     eval_loss_after: float | None
     best_step: int | None
     stopped_early: bool
+    proved: tuple[int, int] | None = None
+    """Of `resume="prove"`: the steps (after, up to) that came out again bit by bit."""
 
 
 @dataclass(frozen=True)
@@ -163,54 +167,49 @@ def train(
     output_dir: str | Path,
     lora: LoraConfig | None = None,
     train: TrainConfig | None = None,
-    resume: bool = False,
+    resume: Resume = False,
+    allow_changes: Sequence[str] = (),
     reporter: Reporter | None = None,
     storage: Storage | None = None,
 ) -> Run:
     """Fine-tune a LoRA adapter; `model` carries it afterwards, and `output_dir` holds it.
 
+    `resume` True goes on from the newest good checkpoint; "prove" takes the steps before it again, compares
+    them bit by bit and changes nothing. `allow_changes` names what may differ from the run that is resumed:
+    keys of its config ("train.learning_rate"), "data", "base".
+
     Raises: SetupError if a run lies in `output_dir` and `resume` is False, or another one is writing there;
-    DataError for examples that this model cannot take; DivergedError; StorageError.
+    CheckpointError if there is nothing to resume, or it belongs to another run; DataError for examples that
+    this model cannot take; MemoryLimitError; DivergedError; NotReproducedError; StorageError; Interrupted (a
+    KeyboardInterrupt too) by SIGINT, SIGTERM or SIGUSR1, with a checkpoint to resume from.
     """
-    from lorasmith.data.columns import largest_id
-    from lorasmith.data.dataset import Dataset, fingerprint
-    from lorasmith.data.loader import held_out_loader, training_loader
+    from lorasmith.data.loader import held_out_loader
     from lorasmith.evaluation.loss import mean_loss
     from lorasmith.model.model import Model
     from lorasmith.model.packed import takes_layout
     from lorasmith.storage import Storage
     from lorasmith.training.lock import run_lock
     from lorasmith.training.progress import default_reporter
-    from lorasmith.training.session import Session
+    from lorasmith.training.prove import prove
 
-    lora, train = lora or LoraConfig(), train or TrainConfig()
-    train = train.model_copy(update={"output_dir": str(output_dir)})
-    examples, held_out = _examples_of(data)
-    tuned = model if isinstance(model, Model) else None
-    rows = _lasting(data.config) if isinstance(data, Dataset) else DataConfig()
-    config = RunConfig(model=tuned.config if tuned else ModelConfig(), data=rows, lora=lora, train=train)
-    module = model.module if isinstance(model, Model) else model
-    packed = takes_layout(module)
+    require_resumable(Path(output_dir), resume, allow_changes)
+    train = (train or TrainConfig()).model_copy(update={"output_dir": str(output_dir)})
     reporter, storage = reporter or default_reporter(), storage or Storage()
-    with run_lock(storage, Path(output_dir), reporter):
-        session = Session(
-            module,
-            training_loader(examples, train, packed=packed),
-            config,
-            family_targets=tuned.family.target_modules if tuned else None,
-            chat=_chat_settings(tuned, rows.system) if tuned else None,
-            data_fingerprint=fingerprint(examples),
-            largest_id=max(largest_id(examples), largest_id(held_out)),
-            held_out=bool(held_out),
-            resume=resume,
-            reporter=reporter,
-            storage=storage,
-        )
-        kept_out = held_out_loader(held_out, train, packed=packed)
-        result = session.run((lambda rows: mean_loss(rows, kept_out.epoch())) if kept_out else None)
-    if tuned:
-        tuned.module, tuned.system = session.model, rows.system
-    return _ended(session.run_dir, result)
+    session, held_out = _session(model, data, lora or LoraConfig(), train, allow_changes, reporter, storage)
+    kept_out = held_out_loader(held_out, train, packed=takes_layout(session.base))
+    held_out_loss = (
+        (lambda rows, most: mean_loss(rows, kept_out.epoch(max_tokens=most))) if kept_out else None
+    )
+    if resume == "prove":
+        outcome = prove(session, held_out_loss)
+    else:
+        with run_lock(storage, Path(output_dir), reporter):
+            outcome = session.run(held_out_loss, resume=resume)
+    if isinstance(model, Model):
+        model.module, model.system = outcome.model, session.config.data.system
+    how_it_ended = asdict(outcome.result)
+    del how_it_ended["total_steps"]
+    return Run(output_dir=session.run_dir, proved=outcome.proved, **how_it_ended)
 
 
 def chat(model: Model, messages: Sequence[Message], *, generate: GenerateConfig | None = None) -> Completion:
@@ -246,10 +245,56 @@ def evaluate(model: Model, data: Dataset | Sequence[Example], *, max_tokens: int
     return Evaluation(loss, math.exp(loss), loader.num_targets)
 
 
-def _ended(run_dir: Path, result: FitResult) -> Run:
-    how = asdict(result)
-    del how["total_steps"]
-    return Run(output_dir=run_dir, **how)
+def require_resumable(run_dir: Path, resume: Resume, allow_changes: Sequence[str]) -> None:
+    """A first look, before anything is read or made. Raises: CheckpointError without a run to resume;
+    ConfigError for changes that cannot be allowed."""
+    from lorasmith.training.run_dir import require_run
+    from lorasmith.training.same_run import require_known
+
+    require_known(allow_changes)
+    if allow_changes and not resume:
+        raise ConfigError("a change is allowed to nothing: this is no resume", fix="add --resume")
+    if resume:
+        require_run(run_dir)
+
+
+def _session(
+    model: Model | PreTrainedModel,
+    data: Dataset | Sequence[Example],
+    lora: LoraConfig,
+    train: TrainConfig,
+    allow_changes: Sequence[str],
+    reporter: Reporter,
+    storage: Storage,
+) -> tuple[Session, Sequence[Example]]:
+    """The run, checked, and its held-out rows."""
+    from lorasmith.data.columns import largest_id
+    from lorasmith.data.dataset import Dataset, fingerprint, row_hashes
+    from lorasmith.data.loader import training_loader
+    from lorasmith.model.model import Model
+    from lorasmith.model.packed import takes_layout
+    from lorasmith.training.same_run import RowHashes
+    from lorasmith.training.session import Session
+
+    examples, held_out = _examples_of(data)
+    tuned = model if isinstance(model, Model) else None
+    rows = _lasting(data.config) if isinstance(data, Dataset) else DataConfig()
+    module = model.module if isinstance(model, Model) else model
+    origins = tuple(example.origin for example in examples)
+    session = Session(
+        module,
+        training_loader(examples, train, packed=takes_layout(module)),
+        RunConfig(model=tuned.config if tuned else ModelConfig(), data=rows, lora=lora, train=train),
+        family_targets=tuned.family.target_modules if tuned else None,
+        chat=_chat_settings(tuned, rows.system) if tuned else None,
+        rows=RowHashes(fingerprint(examples), row_hashes(examples), origins),
+        largest_id=max(largest_id(examples), largest_id(held_out)),
+        held_out=fingerprint(held_out) if held_out else None,
+        allow_changes=allow_changes,
+        reporter=reporter,
+        storage=storage,
+    )
+    return session, held_out
 
 
 def _examples_of(data: Dataset | Sequence[Example]) -> tuple[Sequence[Example], Sequence[Example]]:

@@ -139,8 +139,12 @@ class TrainConfig(Section):
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="AdamW's first moment.")
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="AdamW's second moment.")
     adam_epsilon: Annotated[float, Field(gt=0)] = Field(1e-8, description="AdamW's epsilon.")
-    activation_checkpointing: bool = Field(
-        False, description="Recompute activations: less memory, a third more work."
+    activation_checkpointing: Literal["auto"] | bool = Field(
+        "auto",
+        description="Recompute activations: less memory, a third more work. auto: as few layers as needed.",
+    )
+    max_skipped_steps: PositiveInt = Field(
+        3, description="Stop after this many steps in a row whose loss or gradient is not finite."
     )
     shuffle: bool = Field(True, description="A new order each epoch, a pure function of the seed.")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(

@@ -8,8 +8,12 @@ LorasmithError                 exit code
 │   ├── TokenizerError               4   the tokenizer does not give the ids it must give
 │   └── CheckpointError              4   nothing to resume from, or it belongs to another run
 ├── MemoryLimitError (MemoryError)   5   one conversation does not fit into memory
-├── DivergedError    (ArithmeticError) 6 the loss or its gradient is not finite
-└── StorageError     (OSError)       7   the disk refused
+├── DivergedError    (ArithmeticError) 6 steps that are not finite, in a row; or a run that does not learn
+├── NotReproducedError                6   --resume prove: steps trained again came out otherwise
+├── StorageError     (OSError)       7   the disk refused
+└── Interrupted      (KeyboardInterrupt) 130  stopped by Ctrl-C, with a checkpoint to go on from
+    ├── Terminated                 143   by SIGTERM
+    └── Preempted                   75   by SIGUSR1, which schedulers send before they take the machine
 """
 
 from __future__ import annotations
@@ -74,5 +78,21 @@ class DivergedError(LorasmithError, ArithmeticError):
     exit_code = 6
 
 
+class NotReproducedError(LorasmithError):
+    exit_code = 6
+
+
 class StorageError(LorasmithError, OSError):
     exit_code = 7
+
+
+class Interrupted(LorasmithError, KeyboardInterrupt):
+    exit_code = 130
+
+
+class Terminated(Interrupted):
+    exit_code = 143
+
+
+class Preempted(Interrupted):
+    exit_code = 75

@@ -5,26 +5,29 @@ Rooms that load torch are imported by the functions that need them, as in api.py
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasmith.api import Run, download, load_model, train
+from lorasmith.api import Resume, Run, download, load_model, require_resumable, train
 from lorasmith.config import LoraConfig, RunConfig
 from lorasmith.errors import ConfigError
 
 if TYPE_CHECKING:
+    import peft
+
     from lorasmith.data.dataset import Dataset
     from lorasmith.families.base import Family
-    from lorasmith.training.estimate import ParameterCount, Plan
+    from lorasmith.training.estimate import Plan
     from lorasmith.training.progress import Reporter
 
 
 def run(
     config: RunConfig,
     *,
-    resume: bool = False,
+    resume: Resume = False,
+    allow_changes: Sequence[str] = (),
     reporter: Reporter | None = None,
     on_data: Callable[[Dataset], None] | None = None,
 ) -> Run:
@@ -34,11 +37,15 @@ def run(
     """
     from lorasmith.training.lock import refuse_if_locked
 
-    refuse_if_locked(Path(config.train.output_dir))
-    prepared = _prepare(config, rejects_path=Path(config.train.output_dir) / "rejects.jsonl")
+    run_dir, proving = Path(config.train.output_dir), resume == "prove"
+    if config.train.output_dir:
+        require_resumable(run_dir, resume, allow_changes)
+    if not proving:
+        refuse_if_locked(run_dir)
+    prepared = _prepare(config, rejects_path=None if proving else run_dir / "rejects.jsonl")
     if on_data:
         on_data(prepared.data)
-    _count_parameters(prepared, config.lora)
+    _adapted_on_meta(prepared, config.lora)
     base, found = config.model, prepared.family.name
     asked: dict[str, Any] = base.model_dump(include={"hub", "revision", "chat_format", "dtype", "device"})
     model = load_model(base.path, family=found, **asked)
@@ -49,6 +56,7 @@ def run(
         lora=config.lora,
         train=config.train,
         resume=resume,
+        allow_changes=allow_changes,
         reporter=reporter,
     )
 
@@ -56,28 +64,22 @@ def run(
 def plan(config: RunConfig) -> Plan:
     """What `run` would do and need: reads the data, config.json and the tokenizer, never the weights."""
     from lorasmith.data.loader import training_loader
+    from lorasmith.model.checkpointing import decoder_layers
     from lorasmith.model.dtype import DTYPE_NAMES, resolve_device, resolve_dtype
-    from lorasmith.model.load import empty_module, hidden_size
+    from lorasmith.model.load import hidden_size
     from lorasmith.model.packed import takes_layout
-    from lorasmith.model.plugin_classes import family_config
-    from lorasmith.training.estimate import Plan, estimate_memory
+    from lorasmith.training.estimate import Plan, count_parameters, layers_asked, needed_memory
     from lorasmith.training.loop import total_steps
+    from lorasmith.training.memory import free_memory
 
     prepared = _prepare(config, rejects_path=None)
-    parameters = _count_parameters(prepared, config.lora)
-    model_config = family_config(prepared.directory, prepared.family)
-    packed = takes_layout(empty_module(model_config))
-    loader = training_loader(prepared.data.examples, config.train, packed=packed)
+    model = _adapted_on_meta(prepared, config.lora)
+    loader = training_loader(prepared.data.examples, config.train, packed=takes_layout(model))
     rows = [batch for n in range(min(50, loader.steps_per_epoch)) for batch in loader.step(n)]
-    dtype = resolve_dtype(config.model.dtype, resolve_device(config.model.device), hidden_size(model_config))
-    memory = estimate_memory(
-        model_config,
-        parameters,
-        dtype,
-        row_tokens=max(len(row.input_ids) for row in rows),
-        row_targets=int(max(row.num_targets for row in rows)),
-        activation_checkpointing=config.train.activation_checkpointing,
-    )
+    device = resolve_device(config.model.device)
+    dtype = resolve_dtype(config.model.dtype, device, hidden_size(model.get_base_model().config))
+    needed, free = needed_memory(model, rows, dtype, device), free_memory(device)
+    layers = layers_asked(model, config.train.activation_checkpointing, free, lambda n: needed(n).total)
     return Plan(
         family=prepared.family.name,
         num_examples=loader.num_examples,
@@ -86,8 +88,11 @@ def plan(config: RunConfig) -> Plan:
         targets_per_epoch=loader.num_targets,
         saved_by_sharing=1 - sum(len(row.input_ids) for row in rows) / sum(row.num_tokens for row in rows),
         total_steps=total_steps(loader, config.train),
-        parameters=parameters,
-        memory=memory,
+        parameters=count_parameters(model),
+        memory=needed(layers),
+        free_memory=free,
+        recomputed_layers=layers,
+        num_layers=len(decoder_layers(model)),
         dtype=DTYPE_NAMES[dtype],
     )
 
@@ -115,9 +120,9 @@ def _prepare(config: RunConfig, *, rejects_path: Path | None) -> _Prepared:
     return _Prepared(directory, family, data)
 
 
-def _count_parameters(prepared: _Prepared, lora: LoraConfig) -> ParameterCount:
+def _adapted_on_meta(prepared: _Prepared, lora: LoraConfig) -> peft.PeftModel:
     from lorasmith.model.plugin_classes import family_config
-    from lorasmith.training.estimate import count_parameters
+    from lorasmith.training.estimate import adapted_on_meta
 
     model_config = family_config(prepared.directory, prepared.family)
-    return count_parameters(model_config, lora, prepared.family.target_modules)
+    return adapted_on_meta(model_config, lora, prepared.family.target_modules)

@@ -25,7 +25,11 @@ EXIT_CODES = {
     "CheckpointError": 4,
     "MemoryLimitError": 5,
     "DivergedError": 6,
+    "NotReproducedError": 6,
     "StorageError": 7,
+    "Interrupted": 130,
+    "Terminated": 143,
+    "Preempted": 75,
 }
 BUILT_IN = {
     "ConfigError": ValueError,
@@ -33,6 +37,7 @@ BUILT_IN = {
     "MemoryLimitError": MemoryError,
     "DivergedError": ArithmeticError,
     "StorageError": OSError,
+    "Interrupted": KeyboardInterrupt,
 }
 
 

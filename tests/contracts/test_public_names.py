@@ -64,6 +64,8 @@ def test_importing_loads_nothing_heavy() -> None:
         (["train", "--help"], 0),
         (["chat", "--help"], 0),
         (["families"], 0),
+        (["runs"], 0),
+        (["train", "-o", "nowhere", "--resume"], 4),
         (["train", "--set", "train.learning_rat=1"], 2),
         (["train", "no-such-recipe.yaml"], 2),
         (["chat", "somewhere", "--prompt", "hi", "--temperature", "0"], 2),

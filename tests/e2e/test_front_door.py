@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import lorasmith as ls
 from lorasmith.cli.main import app
 from lorasmith.errors import CheckpointError, ConfigError, DataError, MemoryLimitError, SetupError
-from lorasmith.training.checkpoint import list_checkpoints
+from lorasmith.training.manifest import list_checkpoints
 from lorasmith.training.progress import SilentReporter
 
 GREEDY = ls.GenerateConfig(greedy=True, max_new_tokens=12)
@@ -61,7 +61,7 @@ def test_a_run_directory_holds_what_the_design_says(tmp_path, base, rows):
     learn(model, ls.load_dataset(str(rows), model), tmp_path / "run")
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "chat_format.json", "checkpoints", "config.yaml",
-        "loss.png", "metrics.jsonl",
+        "loss.png", "metrics.jsonl", "rows.json",
     }  # fmt: skip
     assert {p.name for p in list_checkpoints(tmp_path / "run")[0].iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "state.json",

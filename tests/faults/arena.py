@@ -16,8 +16,9 @@ from disk_faults import Call
 from fork_server import ForkServer
 
 from lorasmith.hub.adapter_dir import ADAPTER_WEIGHTS
-from lorasmith.training.checkpoint import damage, list_checkpoints, newest_checkpoint
+from lorasmith.training.manifest import damage, list_checkpoints, newest_checkpoint
 from lorasmith.training.metrics import read_metrics
+from lorasmith.training.run_dir import is_run_dir
 
 _HIDDEN = (".tmp-", ".trash-")
 
@@ -79,7 +80,7 @@ class Arena:
         return found + self.resumed[state]
 
     def faults_of_resume(self, run_dir: Path, task: str = "plain") -> list[str]:
-        answer = self.server.run(task, run_dir=run_dir, resume=True)
+        answer = self.server.run(task, run_dir=run_dir, resume=is_run_dir(run_dir))
         if answer["ended"] != "returned":
             return [f"the resume ended so: {answer['ended']} {answer['value']}"]
         found = []

@@ -13,7 +13,8 @@ from arena import Arena
 from modules import tiny_module
 
 from lorasmith.errors import CheckpointError
-from lorasmith.training.checkpoint import damage, list_checkpoints, newest_checkpoint, restore
+from lorasmith.training.checkpoint import restore
+from lorasmith.training.manifest import damage, list_checkpoints, newest_checkpoint
 
 FILES = (
     "MANIFEST.json",

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 import pytest
 from arena import Arena, calls_about, distinct_kills, durable_after, faults_at_rest, save_and_retention
 
+from lorasmith.training.run_dir import is_run_dir
+
 Figures = Callable[..., None]
 
 
@@ -66,7 +68,9 @@ def kill_at_random(arena: Arena, trials: int, seed: int) -> tuple[int, list[list
         run_dir = arena.new_dir()
         for resume in [False, True][: 2 if trial % 3 == 2 else 1]:
             moment = chance.uniform(0.1, 1.0) * seconds
-            answer = arena.server.run("plain", kill_after=moment, run_dir=run_dir, resume=resume)
+            answer = arena.server.run(
+                "plain", kill_after=moment, run_dir=run_dir, resume=resume and is_run_dir(run_dir)
+            )
             assert answer["ended"] in ("killed", "returned"), answer
             kills += answer["ended"] == "killed"
         faults.append(arena.faults(run_dir, resume_all=True))

@@ -21,7 +21,7 @@ def demo(
 ) -> None:
     """Give a tiny model a new voice: about a minute on a laptop's CPU, no network."""
     from lorasmith import api
-    from lorasmith.cli.train import describe_run
+    from lorasmith.cli.train import describe_run, stops_told
     from lorasmith.config import load_run_config
     from lorasmith.recipe import run as run_recipe
 
@@ -37,7 +37,8 @@ def demo(
     )
     typer.echo("The embedded base model learns a voice from the embedded persona; then it answers")
     typer.echo(f"{len(questions)} held-out questions, as it was before and as it is after.\n")
-    run = run_recipe(recipe, on_data=_say_data_and_load_torch)
+    with stops_told():
+        run = run_recipe(recipe, on_data=_say_data_and_load_torch)
     before, after = answers(api.load_model(str(run_dir), dtype=recipe.model.dtype), questions)
     _show(questions, before, after)
     typer.echo(

@@ -22,15 +22,18 @@ class Verb(NamedTuple):
     module: str
     name: str
     help: str
+    command: str | None = None
+    """The class of its command in that module, where it is no plain one."""
 
 
 VERBS = {
     "demo": Verb(
         "demo", "demo", "Give a tiny model a new voice: about a minute on a laptop's CPU, no network."
     ),
-    "train": Verb("train", "train", "Fine-tune a LoRA adapter."),
+    "train": Verb("train", "train", "Fine-tune a LoRA adapter.", "ResumeCommand"),
     "chat": Verb("chat", "chat", "Talk to a model or a run; piped in, each line is a prompt."),
     "generate": Verb("generate", "generate", "Answer a file of prompts."),
+    "runs": Verb("runs", "runs", "List runs: state, step, losses, and which checkpoints verify."),
     "merge": Verb("merge", "merge", "Merge an adapter into its base model."),
     "convert": Verb(
         "convert",
@@ -60,10 +63,11 @@ class LazyVerbs(TyperGroup):
         if cmd_name not in VERBS:
             return None
         verb = VERBS[cmd_name]
-        found = getattr(import_module(f"lorasmith.cli.{verb.module}"), verb.name)
+        module = import_module(f"lorasmith.cli.{verb.module}")
+        found = getattr(module, verb.name)
         if not isinstance(found, typer.Typer):
             run, found = found, typer.Typer(add_completion=False, rich_markup_mode=None)
-            found.command()(run)
+            found.command(cls=getattr(module, verb.command) if verb.command else None)(run)
         command = typer.main.get_command(found)
         command.name = cmd_name
         return command

@@ -3,19 +3,40 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
+from typer.core import TyperCommand
 
+from lorasmith.errors import ConfigError, Interrupted
 from lorasmith.redaction import without_secrets
 
 if TYPE_CHECKING:
-    from lorasmith.api import Run
+    from lorasmith.api import Resume, Run
     from lorasmith.config import RunConfig
     from lorasmith.data.dataset import Dataset
     from lorasmith.training.estimate import Plan
+
+_NEWEST = "newest"
+ResumeFlag: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--resume",
+        metavar="[prove]",
+        help="Go on from the newest good checkpoint; `--resume prove` trains the steps before it again, "
+        "compares them bit by bit and changes nothing.",
+    ),
+]
+AllowChange: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY", help="What may differ from the run that is resumed: train.learning_rate, data, base."
+    ),
+]
 
 
 def train(
@@ -30,7 +51,8 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Any key of the config: train.learning_rate=2e-4."),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest good checkpoint.")] = False,
+    resume: ResumeFlag = None,
+    allow_change: AllowChange = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it would do; read no weights.")
     ] = False,
@@ -48,18 +70,34 @@ def train(
         "data.on_bad_row": on_bad_row,
         "train.output_dir": output_dir,
     }
-    recipe = _read(config, flags, set_ or [], resume)
+    how = _resume_asked(resume)
+    recipe = _read(config, flags, set_ or [], bool(how))
     if dry_run:
         plan = plan_of(recipe)
         typer.echo(without_secrets(json.dumps(asdict(plan)) if json_ else describe_plan(recipe, plan)))
         return
+    asked: dict[str, Any] = {"resume": how, "allow_changes": allow_change or []}
     if json_:
-        from lorasmith.training.progress import SilentReporter
+        from lorasmith.training.progress import EventReporter
 
-        run = run_recipe(recipe, resume=resume, reporter=SilentReporter())
+        with stops_told():
+            run = run_recipe(recipe, reporter=EventReporter(), **asked)
         typer.echo(without_secrets(json.dumps(asdict(run), default=str)))
         return
-    typer.echo(describe_run(run_recipe(recipe, resume=resume, on_data=say_data)))
+    with stops_told():
+        run = run_recipe(recipe, on_data=say_data, **asked)
+    if not run.proved:  # a proof has said what came out, and made nothing new
+        typer.echo(describe_run(run))
+
+
+@contextmanager
+def stops_told() -> Iterator[None]:
+    """A run that was asked to stop says how to go on, and exits by its signal (see `lorasmith.errors`)."""
+    try:
+        yield
+    except Interrupted as stop:  # typer knows any KeyboardInterrupt as 130, and says nothing
+        typer.echo(str(stop), err=True)
+        raise typer.Exit(stop.exit_code) from stop
 
 
 def say_data(data: Dataset) -> None:
@@ -82,9 +120,17 @@ def describe_plan(recipe: RunConfig, plan: Plan) -> str:
             f"parameters  {parameters.trainable:,} of {parameters.total:,} train "
             f"({parameters.trainable / parameters.total:.4%})",
             f"memory      about {memory.total / 1e9:.1f} GB: weights {memory.weights / 1e9:.1f}, "
-            f"adapter {memory.adapter / 1e9:.2f}, activations {memory.activations / 1e9:.2f}",
+            f"adapter {memory.adapter / 1e9:.2f}, activations {memory.activations / 1e9:.2f}"
+            f"{describe_room(plan)}",
         ]
     )
+
+
+def describe_room(plan: Plan) -> str:
+    """What is free here, and what activation checkpointing makes of it."""
+    free = "" if plan.free_memory is None else f"; {plan.free_memory / 1e9:.1f} GB are free here"
+    recomputed = f"{plan.recomputed_layers} of {plan.num_layers} layers recompute their activations"
+    return f"{free}; {recomputed}" if plan.recomputed_layers else free
 
 
 def describe_run(run: Run) -> str:
@@ -99,6 +145,37 @@ def describe_run(run: Run) -> str:
             f"next     lorasmith chat {run.output_dir}",
         ]
     )
+
+
+class ResumeCommand(TyperCommand):
+    """`--resume` alone, and `--resume prove`: click's optional values would swallow a recipe that follows."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, list(_with_explicit_resume(args)))
+
+
+def _with_explicit_resume(args: Sequence[str]) -> Iterator[str]:
+    """`--resume` with the value it means, so that no word but "prove" is taken for one."""
+    rest = iter(args)
+    for argument in rest:
+        if argument == "--":
+            yield from (argument, *rest)
+        elif argument != "--resume":
+            yield argument
+        else:
+            following = next(rest, None)
+            yield "--resume=prove" if following == "prove" else f"--resume={_NEWEST}"
+            if following not in (None, "prove"):
+                yield from _with_explicit_resume([following, *rest])
+
+
+def _resume_asked(value: str | None) -> Resume:
+    """Raises: ConfigError for `--resume=` anything else."""
+    if value is None or value == _NEWEST:
+        return value is not None
+    if value != "prove":
+        raise ConfigError(f"--resume={value} is unknown", fix="write --resume, or --resume prove")
+    return "prove"
 
 
 def _read(config: Path | None, flags: dict[str, Any], sets: list[str], resume: bool) -> RunConfig:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import overload
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
@@ -128,6 +129,14 @@ def fingerprint(examples: Iterable[Example]) -> str:
         numbers[spread(starts[:-1] + 1 + lengths, lengths)] = labels
         digest.update(numbers.data)
     return digest.hexdigest()
+
+
+def row_hashes(examples: Iterable[Example]) -> tuple[str, ...]:
+    """CRC-32 of the ids and labels of each, as 8 hexadecimal digits: to name the row that changed."""
+    crcs = (
+        crc32(e.labels.astype("<i8").tobytes(), crc32(e.input_ids.astype("<i8").tobytes())) for e in examples
+    )
+    return tuple(f"{crc:08x}" for crc in crcs)
 
 
 def _split_survey(rows: Survey, share: float | str | None) -> tuple[Survey, Survey | None]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from lorasmith.config import TrainConfig
 from lorasmith.data.columns import lengths_of, target_counts_of
-from lorasmith.data.pack import pack
+from lorasmith.data.pack import lay_out, pack
 from lorasmith.errors import DataError
 from lorasmith.types import Batch, Example, Ints
 
@@ -115,16 +115,24 @@ class Loader:
         """Where the conversations of step n came from."""
         return tuple(example.origin for example in self.examples(n))
 
-    def step(self, n: int) -> tuple[Batch, ...]:
-        """The flat rows of global step n, each of at most `max_tokens` where its conversations allow."""
+    def step(self, n: int, max_tokens: int | None = None) -> tuple[Batch, ...]:
+        """The flat rows of global step n, each of at most `max_tokens` where its conversations allow.
+
+        None: the loader's own. 0: every distinct conversation has a row of its own.
+        """
         if not self.packed:  # no room for a second one
             return pack(self.examples(n), 0, share_prefixes=False)
-        return pack(self.examples(n), self.max_tokens, share_prefixes=self.share_prefixes)
+        most = self.max_tokens if max_tokens is None else max_tokens
+        return pack(self.examples(n), most, share_prefixes=self.share_prefixes)
 
-    def epoch(self, number: int = 0) -> Iterator[Batch]:
+    def alone(self, n: int) -> list[tuple[str, Batch]]:
+        """The conversations of global step n, each in a row of its own, with where it came from."""
+        return [(example.origin, lay_out([example])) for example in self.examples(n)]
+
+    def epoch(self, number: int = 0, *, max_tokens: int | None = None) -> Iterator[Batch]:
         """The rows of all steps of an epoch, each planned when it is asked for."""
         for n in range(number * self.steps_per_epoch, (number + 1) * self.steps_per_epoch):
-            yield from self.step(n)
+            yield from self.step(n, max_tokens)
 
     def _order_of_epoch(self, epoch: int) -> Ints:
         if not self.shuffle:

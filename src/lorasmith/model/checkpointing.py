@@ -1,4 +1,4 @@
-"""Activation checkpointing: each decoder layer keeps its input only and is computed again in backward."""
+"""Activation checkpointing: a decoder layer keeps its input only and is computed again in backward."""
 
 from __future__ import annotations
 
@@ -10,29 +10,41 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lorasmith.errors import ConfigError
+
+def decoder_layers(module: nn.Module) -> list[nn.Module]:
+    """Those that transformers lets recompute; none in a foreign model that cannot."""
+    return [part for part in module.modules() if isinstance(part, GradientCheckpointingLayer)]
+
+
+class RecomputedLayers:
+    """The decoder layers of a module, of which the first n recompute; made by `activation_checkpointing`.
+
+    The first, because the backward pass comes to them when the others have freed what they kept. Dropout
+    masks are stateless, so no RNG is kept.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._layers = decoder_layers(module)
+
+    def __len__(self) -> int:
+        """How many could."""
+        return len(self._layers)
+
+    def use(self, count: int) -> None:
+        assert count <= len(self._layers), (count, len(self._layers))
+        for number, layer in enumerate(self._layers):
+            assert isinstance(layer, GradientCheckpointingLayer)
+            layer.gradient_checkpointing = number < count
+            layer._gradient_checkpointing_func = partial(
+                checkpoint, use_reentrant=False, preserve_rng_state=False
+            )
 
 
 @contextmanager
-def activation_checkpointing(module: nn.Module, wanted: bool) -> Iterator[None]:
-    """Within: the layers of `module` recompute, if wanted. Dropout masks are stateless, so no RNG is kept.
-
-    Raises: ConfigError if the model's layers cannot.
-    """
-    layers = [m for m in module.modules() if isinstance(m, GradientCheckpointingLayer)] if wanted else []
-    if wanted and not layers:
-        raise ConfigError(
-            f"{type(module).__name__} cannot recompute its activations",
-            where="train.activation_checkpointing",
-            fix="set it to false; a smaller train.max_tokens saves memory too",
-        )
-    for layer in layers:
-        layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = partial(
-            checkpoint, use_reentrant=False, preserve_rng_state=False
-        )
+def activation_checkpointing(module: nn.Module) -> Iterator[RecomputedLayers]:
+    """Within: layers of `module` may be told to recompute; at first none does, and after it none."""
+    layers = RecomputedLayers(module)
     try:
-        yield
+        yield layers
     finally:
-        for layer in layers:
-            layer.gradient_checkpointing = False
+        layers.use(0)

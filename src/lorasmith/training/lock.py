@@ -24,7 +24,7 @@ from lorasmith.training.progress import Reporter
 
 LOCK_FILE = "run.lock"
 _A_LOOK = 0.05
-"""Seconds, longer than `refuse_if_locked` takes: its look is no owner."""
+"""Seconds, longer than `lock_holder` takes: its look is no owner."""
 _NO_LOCKS_HERE = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
 
 
@@ -57,20 +57,28 @@ def run_lock(storage: Storage, run_dir: Path, reporter: Reporter) -> Iterator[No
 
 def refuse_if_locked(run_dir: Path) -> None:
     """For a first look, before anything is read or loaded. Raises: SetupError as `run_lock`."""
+    holder = lock_holder(run_dir)
+    if holder is not None:
+        raise _held_by(holder, run_dir / LOCK_FILE)
+
+
+def lock_holder(run_dir: Path) -> bytes | None:
+    """What the process that holds the lock wrote about itself; None: nobody holds it."""
     path = run_dir / LOCK_FILE
     if not path.is_file():
-        return
+        return None
     with told(path):
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise _held_by(os.pread(descriptor, 4096, 0), path) from None
+            return os.pread(descriptor, 4096, 0)
         except OSError as error:
             if error.errno not in _NO_LOCKS_HERE:
                 raise
         finally:
             os.close(descriptor)
+    return None
 
 
 def _locked(storage: Storage, path: Path, reporter: Reporter) -> int:
@@ -110,12 +118,17 @@ def _is_still(path: Path, descriptor: int) -> bool:
         return False
 
 
-def _held_by(content: bytes, path: Path) -> SetupError:
-    holder, where = "a process that has not said its name yet", ""
+def holder_told(content: bytes) -> tuple[str, str]:
+    """The holder of a lock in words, and " on HOST" or nothing."""
     with suppress(ValueError, KeyError, TypeError):
         tree = json.loads(content)
         pid, where = int(tree["pid"]), f" on {tree['host']}"
-        holder = f"process {pid}{where}, since {tree['started']}"
+        return f"process {pid}{where}, since {tree['started']}", where
+    return "a process that has not said its name yet", ""
+
+
+def _held_by(content: bytes, path: Path) -> SetupError:
+    holder, where = holder_told(content)
     return SetupError(
         "another run is writing in this directory",
         where=str(path.parent),

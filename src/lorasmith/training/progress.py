@@ -95,6 +95,13 @@ class SilentReporter(PlainReporter):
         pass
 
 
+class EventReporter(SilentReporter):
+    """Single events only, to standard error: where standard output is for a program."""
+
+    def note(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+
 def default_reporter() -> Reporter:
     return LiveReporter() if sys.stdout.isatty() else PlainReporter()
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict
+from filecmp import cmp
 from pathlib import Path
 
-from lorasmith.config import RunConfig, to_yaml
+from lorasmith.config import RunConfig, TrainConfig, to_yaml
 from lorasmith.errors import CheckpointError, ConfigError, SetupError
 from lorasmith.hub.adapter_dir import (
     ADAPTER_CONFIG,
@@ -18,8 +19,10 @@ from lorasmith.hub.adapter_dir import (
 )
 from lorasmith.hub.links import refuse_links
 from lorasmith.storage import Storage
-from lorasmith.training.checkpoint import (
+from lorasmith.training.lock import LOCK_FILE
+from lorasmith.training.manifest import (
     STEP_NAME,
+    TrainState,
     checkpoint_dir,
     damage,
     list_checkpoints,
@@ -28,23 +31,33 @@ from lorasmith.training.checkpoint import (
 from lorasmith.training.metrics import METRICS_FILE
 from lorasmith.training.picture import LOSS_PICTURE
 from lorasmith.training.progress import Reporter
+from lorasmith.training.same_run import ROWS_FILE, RowHashes
 
 CONFIG_FILE = "config.yaml"
-_OUR_FILES = (CONFIG_FILE, CHAT_FORMAT_FILE, METRICS_FILE, LOSS_PICTURE, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+_OUR_FILES = (
+    CONFIG_FILE,
+    CHAT_FORMAT_FILE,
+    ROWS_FILE,
+    METRICS_FILE,
+    LOSS_PICTURE,
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+)
 
 
 def open_run_dir(storage: Storage, run_dir: Path, *, resume: bool, reporter: Reporter) -> Path | None:
     """The checkpoint to go on from, or None to start at step 0. The caller holds `run_lock`.
 
     Raises: SetupError if a run lies there and `resume` was not asked for, or a symbolic link in the place of
-    what is written; CheckpointError if it was asked for and no checkpoint verifies: a run never starts from
-    scratch in silence.
+    what is written; CheckpointError if it was, and there is none, or none of its checkpoints verifies: a run
+    never starts from scratch in silence.
     """
     refuse_links(run_dir, (*_OUR_FILES, "checkpoints"))
     if resume:
+        require_run(run_dir)
         _remove_leftovers(storage, run_dir)
         return _checkpoint_to_resume(storage, run_dir, reporter)
-    if any((run_dir / name).exists() for name in (CONFIG_FILE, METRICS_FILE)) or list_checkpoints(run_dir):
+    if is_run_dir(run_dir):
         raise SetupError(
             "there is a run in this directory already",
             where=str(run_dir),
@@ -52,6 +65,46 @@ def open_run_dir(storage: Storage, run_dir: Path, *, resume: bool, reporter: Rep
         )
     _remove_leftovers(storage, run_dir)
     return None
+
+
+def is_run_dir(path: Path) -> bool:
+    """A run was begun there, and wrote something that a new one would have to overwrite."""
+    return any((path / name).exists() for name in (CONFIG_FILE, METRICS_FILE)) or bool(list_checkpoints(path))
+
+
+def require_run(run_dir: Path) -> None:
+    """For a first look of a resume. Raises: CheckpointError saying what is there instead of a run."""
+    if is_run_dir(run_dir):
+        return
+    names = sorted(p.name for p in run_dir.iterdir() if p.name != LOCK_FILE) if run_dir.is_dir() else []
+    found = ", ".join([*names[:6], *(["..."] if names[6:] else [])])
+    raise CheckpointError(
+        "there is no run to resume",
+        where=str(run_dir),
+        why=f"it holds {found}"
+        if found
+        else "it is empty"
+        if run_dir.is_dir()
+        else "there is no such directory",
+        fix="check train.output_dir (`lorasmith runs DIR` lists runs), or leave --resume out to begin one",
+    )
+
+
+def is_finished(run_dir: Path, state: TrainState, train: TrainConfig, total_steps: int) -> bool:
+    """Whether the run ended at `state`, and its result is that of the checkpoint it must be of."""
+    if state.step != total_steps and not stopped_early(state, train):
+        return False
+    best = state.best_step if train.final_adapter == "best" else None
+    source = checkpoint_dir(run_dir, state.step if best is None else best)
+    return (run_dir / LOSS_PICTURE).exists() and all(
+        (run_dir / name).is_file() and (source / name).is_file() and cmp(run_dir / name, source / name, False)
+        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+    )
+
+
+def stopped_early(state: TrainState, train: TrainConfig) -> bool:
+    patience = train.early_stopping_patience
+    return patience is not None and state.evals_since_best >= patience
 
 
 def _remove_leftovers(storage: Storage, run_dir: Path) -> None:
@@ -72,14 +125,15 @@ def _checkpoint_to_resume(storage: Storage, run_dir: Path, reporter: Reporter) -
             fix="start again in a new train.output_dir",
         )
     if checkpoint is None:
-        reporter.note(f"nothing to resume in {run_dir}: starting at step 0")
-    else:
-        reporter.note(f"going on from {checkpoint.name}")
+        reporter.note(f"this run has no checkpoint yet: starting at step 0 in {run_dir}")
     return checkpoint
 
 
-def write_settings(storage: Storage, run_dir: Path, config: RunConfig, chat: ChatSettings | None) -> None:
-    """config.yaml, resolved, and chat_format.json; a bare module has no chat format."""
+def write_settings(
+    storage: Storage, run_dir: Path, config: RunConfig, chat: ChatSettings | None, rows: RowHashes
+) -> None:
+    """config.yaml, resolved, rows.json and chat_format.json; a bare module has no chat format."""
+    storage.replace(run_dir / ROWS_FILE, rows.to_json())
     storage.replace(run_dir / CONFIG_FILE, to_yaml(config).encode())
     if chat is not None:
         text = json.dumps(asdict(chat), indent=2, ensure_ascii=False) + "\n"

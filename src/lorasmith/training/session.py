@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import peft
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -19,20 +22,38 @@ from lorasmith.model.dtype import DTYPE_NAMES
 from lorasmith.model.load import module_dtype
 from lorasmith.model.packed import PackedModule
 from lorasmith.storage import Storage
-from lorasmith.training.checkpoint import read_state, require_room, require_same_run
-from lorasmith.training.loop import Fit, FitResult, StepSource
+from lorasmith.training.checkpoint import require_room, restore
+from lorasmith.training.loop import Fit, FitResult, fit_result, make_optimizer, total_steps
+from lorasmith.training.manifest import checkpoint_dir, read_state
 from lorasmith.training.progress import Reporter
-from lorasmith.training.run_dir import open_run_dir, write_settings
+from lorasmith.training.run_dir import is_finished, open_run_dir, write_settings
+from lorasmith.training.same_run import (
+    NOT_THE_RESULT,
+    Change,
+    RowHashes,
+    changes_since,
+    require_same_run,
+)
+from lorasmith.training.source import StepSource
 
-_NOT_THE_RESULT = {"output_dir", "max_tokens", "logging_steps", "save_steps", "save_total_limit"}
-"""Keys of TrainConfig that a resume may change: they do not touch the adapter that comes out."""
+HeldOutLoss: TypeAlias = Callable[[PackedModule, int], float]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run leaves in memory."""
+
+    model: peft.PeftModel
+    result: FitResult
+    proved: tuple[int, int] | None = None
+    """Of a proof: the steps (after, up to) that came out again bit by bit."""
 
 
 class Session:
-    """Everything a run needs before its first step; `run` may be called once.
+    """What a run is made of, checked. Nothing is written, and the module is as it was, until `run`.
 
-    Raises: SetupError, CheckpointError for the directory; ConfigError for the adapter; DataError for
-    token ids that the model does not have.
+    `held_out`: a fingerprint of the held-out rows, which the best checkpoint depends on, or None.
+    Raises: ConfigError for the config; DataError for token ids that the model does not have.
     """
 
     def __init__(
@@ -43,55 +64,118 @@ class Session:
         *,
         family_targets: Sequence[str] | None,
         chat: ChatSettings | None,
-        data_fingerprint: str,
+        rows: RowHashes,
         largest_id: int,
-        held_out: bool,
-        resume: bool,
+        held_out: str | None,
+        allow_changes: Sequence[str],
         reporter: Reporter,
         storage: Storage,
     ) -> None:
-        base = _untuned(module)
-        _require_ids(base, largest_id)
-        if not held_out:
+        self.base = _untuned(module)
+        _require_ids(self.base, largest_id)
+        if held_out is None:
             _refuse_idle_keys(config)
-        self.run_dir = Path(config.train.output_dir)
-        self.config = _resolved(config, base)
-        self._source, self._reporter, self._storage = source, reporter, storage
-        self._resume_from = open_run_dir(storage, self.run_dir, resume=resume, reporter=reporter)
+        self.run_dir, self.reporter = Path(config.train.output_dir), reporter
+        self.config = _resolved(config, self.base)
+        self._source, self._storage, self._rows = source, storage, rows
+        self._family_targets, self._chat, self._allowed = family_targets, chat, allow_changes
         self._depends_on = {
             **_settings(self.config),
-            "data": data_fingerprint,
-            "base": _base_fingerprint(base),
+            "data": rows.fingerprint,
+            "held_out": held_out,
+            "base": _base_fingerprint(self.base),
         }
-        if self._resume_from is not None:
-            require_same_run(read_state(self._resume_from), self._depends_on, self._resume_from)
         self._clock = DropoutClock(config.train.seed)
-        self.model = attach_lora(
-            base,
-            config.lora,
-            family_targets=family_targets,
-            base_name=chat.base if chat else base.name_or_path,
+        self.total_steps = total_steps(source, config.train)
+
+    def run(self, held_out_loss: HeldOutLoss | None, *, resume: bool) -> Outcome:
+        """Begin the run or go on with it, to its end; one that is finished is left as it is.
+
+        Raises: SetupError, CheckpointError for the directory; ConfigError for the adapter; DivergedError;
+        StorageError.
+        """
+        start = open_run_dir(self._storage, self.run_dir, resume=resume, reporter=self.reporter)
+        changes = self.accepted_changes(start) if start else []
+        if start and is_finished(self.run_dir, read_state(start), self.config.train, self.total_steps):
+            return self._as_it_ended(start)
+        if start:
+            self.reporter.note(f"going on from {start.name}")
+        model, initial = self.attach()
+        require_room(self._storage, self.run_dir, model, initial)
+        write_settings(self._storage, self.run_dir, self.config, self._chat, self._rows)
+        fit = self.fit(model, initial, held_out_loss, self.run_dir, self._storage, start)
+        if changes:
+            told = {change.key: {"was": change.was, "now": change.now} for change in changes}
+            fit.log.write(step=fit.state.step, event="changed", changes=told)
+        return Outcome(model, fit.run())
+
+    def accepted_changes(self, checkpoint: Path) -> list[Change]:
+        """What differs from the run that wrote the checkpoint, each change noted.
+
+        Raises: CheckpointError for one that was not allowed; ConfigError if the run now ends before it.
+        """
+        state = read_state(checkpoint)
+        changes = changes_since(state.depends_on, self._depends_on)
+        require_same_run(changes, self._allowed, checkpoint, self._rows)
+        if state.step > self.total_steps:
+            raise ConfigError(
+                f"{checkpoint.name} lies beyond the end of the run, step {self.total_steps}",
+                where=str(checkpoint),
+                fix="raise train.max_steps or train.num_epochs, or choose a new train.output_dir",
+            )
+        for change in changes:
+            self.reporter.note(f"changed, as allowed: {change.key}, was {change.was!r}, is {change.now!r}")
+        return changes
+
+    def attach(self) -> tuple[peft.PeftModel, dict[str, torch.Tensor] | None]:
+        """The adapter over the base, and its initial tensors as `adapter_files` needs them. Call it once."""
+        model = attach_lora(
+            self.base,
+            self.config.lora,
+            family_targets=self._family_targets,
+            base_name=self._chat.base if self._chat else self.base.name_or_path,
             clock=self._clock,
         )
-        self._initial = initial_tensors(self.model, config.lora)
-        require_room(storage, self.run_dir, self.model, self._initial)
-        write_settings(storage, self.run_dir, self.config, chat)
+        return model, initial_tensors(model, self.config.lora)
 
-    def run(self, held_out_loss: Callable[[PackedModule], float] | None) -> FitResult:
-        fit = Fit(
-            self.model,
+    def fit(
+        self,
+        model: peft.PeftModel,
+        initial: Mapping[str, torch.Tensor] | None,
+        held_out_loss: HeldOutLoss | None,
+        run_dir: Path,
+        storage: Storage,
+        start: Path | None,
+    ) -> Fit:
+        """The loop over what `attach` returned, from the checkpoint `start` on; it writes in `run_dir`."""
+        return Fit(
+            model,
             self._source,
             self.config.train,
-            run_dir=self.run_dir,
+            run_dir=run_dir,
             clock=self._clock,
-            initial=self._initial,
+            initial=initial,
             depends_on=self._depends_on,
             held_out_loss=held_out_loss,
-            reporter=self._reporter,
-            storage=self._storage,
-            resume_from=self._resume_from,
+            reporter=self.reporter,
+            storage=storage,
+            resume_from=start,
         )
-        return fit.run()
+
+    def _as_it_ended(self, newest: Path) -> Outcome:
+        """The model with the run's result; no file is touched."""
+        state, train = read_state(newest), self.config.train
+        self.reporter.note(
+            f"this run is finished, at step {state.step} of {self.total_steps}: nothing to do. "
+            "For more: --set train.num_epochs=N --allow-change train.num_epochs"
+        )
+        model, _ = self.attach()
+        best = state.best_step if train.final_adapter == "best" else None
+        chosen = newest if best is None else checkpoint_dir(self.run_dir, best)
+        restore(chosen, model, make_optimizer(model, train))
+        early = state.step < self.total_steps
+        result = fit_result(self.run_dir, state, self.total_steps, stopped_early=early)
+        return Outcome(model.eval(), result)
 
 
 def _untuned(module: nn.Module) -> PreTrainedModel:
@@ -136,7 +220,7 @@ def _resolved(config: RunConfig, base: PreTrainedModel) -> RunConfig:
 def _settings(config: RunConfig) -> dict[str, Any]:
     """Every setting that the adapter depends on, by its dotted key."""
     lora = {f"lora.{key}": value for key, value in config.lora.model_dump().items()}
-    train = config.train.model_dump(exclude=_NOT_THE_RESULT)
+    train = config.train.model_dump(exclude=NOT_THE_RESULT)
     return {
         **lora,
         **{f"train.{key}": value for key, value in train.items()},

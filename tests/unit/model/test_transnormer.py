@@ -298,7 +298,8 @@ def kept_bytes(module: Any, ids: Tensor, recompute: bool) -> tuple[int, Tensor]:
         return x
 
     module.zero_grad()
-    with activation_checkpointing(module, recompute):
+    with activation_checkpointing(module) as layers:
+        layers.use(len(layers) if recompute else 0)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             loss = module(input_ids=ids, labels=ids).loss
         loss.backward()

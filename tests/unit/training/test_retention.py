@@ -10,8 +10,9 @@ import pytest
 
 from lorasmith.errors import SetupError, StorageError
 from lorasmith.storage import Storage
-from lorasmith.training.checkpoint import list_checkpoints, prune
+from lorasmith.training.checkpoint import prune
 from lorasmith.training.lock import refuse_if_locked, run_lock
+from lorasmith.training.manifest import list_checkpoints
 from lorasmith.training.metrics import MetricsLog, read_metrics
 from lorasmith.training.progress import SilentReporter
 from lorasmith.training.run_dir import open_run_dir
