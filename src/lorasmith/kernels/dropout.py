@@ -16,11 +16,19 @@ from torch import Tensor
 from lorasmith.kernels.rows import part_of_row, rows_of, warps
 
 
-def draw(tokens_N: Tensor, columns_W: Tensor, least: int, mixers: tuple[int, int], out_ND: Tensor) -> Tensor:
-    """Ones, where a draw is `least` or more, and zeros, written into `out_ND`, which is contiguous.
+def draw(
+    tokens_N: Tensor,
+    columns_W: Tensor,
+    least: int,
+    mixers: tuple[int, int],
+    width: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """(N, width): ones, where a draw is `least` or more, and zeros.
 
     `tokens_N` and `columns_W` are int32 hashes, `mixers` the two odd multipliers of the last mixing.
     """
+    out_ND = torch.empty(len(tokens_N), width, dtype=dtype, device=tokens_N.device)
     _launch(None, None, tokens_N, columns_W, least, mixers, out_ND)
     return out_ND
 

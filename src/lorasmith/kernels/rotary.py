@@ -53,37 +53,14 @@ def _row_strides(angles_BTR: Tensor) -> tuple[int, int]:
     return (angles_BTR.stride(0) if len(angles_BTR) > 1 else 0), angles_BTR.stride(1)
 
 
+# fmt: off
 @triton.jit
 def _turn(
-    q_ptr,
-    k_ptr,
-    q_out_ptr,
-    k_out_ptr,
-    cos_ptr,
-    sin_ptr,
-    tokens,
-    num_heads,
-    num_key_heads,
-    q_batch,
-    q_head,
-    q_token,
-    q_feature,
-    k_batch,
-    k_head,
-    k_token,
-    k_feature,
-    cos_batch,
-    cos_token,
-    sin_batch,
-    sin_token,
-    BLOCKS: tl.constexpr,
-    HEADS: tl.constexpr,
-    SIZE: tl.constexpr,
-    TURNING: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    BACKWARD: tl.constexpr,
-    PAIRS: tl.constexpr,
-    REST: tl.constexpr,
+    q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, tokens, num_heads, num_key_heads,
+    q_batch, q_head, q_token, q_feature, k_batch, k_head, k_token, k_feature,
+    cos_batch, cos_token, sin_batch, sin_token,
+    BLOCKS: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr, TURNING: tl.constexpr,
+    INTERLEAVED: tl.constexpr, BACKWARD: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
 ):
     """One token of a few heads: the first BLOCKS programs of a token turn queries, the others keys."""
     flat = tl.program_id(0).to(tl.int64)
@@ -92,41 +69,20 @@ def _turn(
     cos_ptr += row * cos_batch + token * cos_token
     sin_ptr += row * sin_batch + token * sin_token
     if block < BLOCKS:
-        heads = block * HEADS + tl.arange(0, HEADS)
         _turn_heads(
-            q_ptr + row * q_batch + token * q_token,
-            q_out_ptr + flat * num_heads * SIZE,
-            cos_ptr,
-            sin_ptr,
-            heads,
-            num_heads,
-            q_head,
-            q_feature,
-            SIZE,
-            TURNING,
-            INTERLEAVED,
-            BACKWARD,
-            PAIRS,
-            REST,
+            q_ptr + row * q_batch + token * q_token, q_out_ptr + flat * num_heads * SIZE,
+            cos_ptr, sin_ptr,
+            block * HEADS + tl.arange(0, HEADS), num_heads, q_head, q_feature,
+            SIZE, TURNING, INTERLEAVED, BACKWARD, PAIRS, REST,
         )
     else:
-        heads = (block - BLOCKS) * HEADS + tl.arange(0, HEADS)
         _turn_heads(
-            k_ptr + row * k_batch + token * k_token,
-            k_out_ptr + flat * num_key_heads * SIZE,
-            cos_ptr,
-            sin_ptr,
-            heads,
-            num_key_heads,
-            k_head,
-            k_feature,
-            SIZE,
-            TURNING,
-            INTERLEAVED,
-            BACKWARD,
-            PAIRS,
-            REST,
+            k_ptr + row * k_batch + token * k_token, k_out_ptr + flat * num_key_heads * SIZE,
+            cos_ptr, sin_ptr,
+            (block - BLOCKS) * HEADS + tl.arange(0, HEADS), num_key_heads, k_head, k_feature,
+            SIZE, TURNING, INTERLEAVED, BACKWARD, PAIRS, REST,
         )
+# fmt: on
 
 
 @triton.jit

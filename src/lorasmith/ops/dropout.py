@@ -47,10 +47,9 @@ class DropoutMask:
 
     def factors(self, width: int, dtype: torch.dtype) -> Tensor:
         """(T, width): 1 with probability 1 - p, else 0."""
-        factor_TD = torch.empty(len(self.numbers_T), width, device=self.numbers_T.device, dtype=dtype)
-        if twin := triton_twin("dropout", factor_TD):
-            drawn_TD: Tensor = twin.draw(*mask_hashes(self, width), factor_TD)
-            return drawn_TD
+        if twin := triton_twin("dropout", self.numbers_T.new_empty(0, dtype=dtype)):
+            factor_TD: Tensor = twin.draw(*mask_hashes(self, width), width, dtype)
+            return factor_TD
         return MaskRows(self, width, dtype, block=len(self.numbers_T)).draw(0, len(self.numbers_T))
 
 

@@ -65,7 +65,7 @@ def compile_row_kernels(dtype: torch.dtype) -> None:
     swiglu.forward(wide, wide)
     swiglu.gradients(wide, wide, wide)
     hashes = mask_hashes(DropoutMask(0.1, (1, 2), torch.arange(TOKENS)), 4096)
-    dropout.draw(*hashes, x)
+    dropout.draw(*hashes, 4096, dtype)
     dropout.drop(x, *hashes)
     dropout.add_dropped(x, x, *hashes)
 

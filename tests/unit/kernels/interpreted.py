@@ -71,23 +71,33 @@ def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 def test_rms_norm_rounds_as_its_reference_does() -> None:
     """To the last digit of fp16, but for sums of another order: what is normalised is rounded on the way."""
-    x, weight = randn(20, 64, dtype=torch.float16), randn(64, dtype=torch.float16, trained=False)
+    x, weight = randn(4, 256, dtype=torch.float16), randn(256, dtype=torch.float16, trained=False)
     same = rms_norm(x, weight, 1e-5) == reference_rms_norm(x, weight, 1e-5)
     assert same.float().mean() > 0.99
-    wide = randn(64, dtype=torch.float32)
+    wide = randn(256, dtype=torch.float32)
     assert rms_norm(x, wide, 1e-5).dtype == torch.float32
     assert torch.autograd.grad(rms_norm(x, wide, 1e-5).sum(), (x, wide))[1].dtype == torch.float32
 
 
-def test_rms_norm_of_many_rows_and_strides() -> None:
-    """Two programs sum each column, and two each row; rows with gaps, and columns with gaps."""
-    x, weight = randn(260, 280, dtype=torch.float32), randn(140, dtype=torch.float32)
-    for cut in (lambda x: x[:, :140], lambda x: x[:3, ::2]):
+def test_rms_norm_of_strided_rows() -> None:
+    """Rows with gaps, and columns with gaps."""
+    x, weight = randn(3, 66, dtype=torch.float32), randn(33, dtype=torch.float32)
+    for cut in (lambda x: x[:, :33], lambda x: x[:, ::2]):
         compare(
             lambda x, w, cut=cut: rms_norm(cut(x), w, 1e-6),
             lambda x, w, cut=cut: reference_rms_norm(cut(x), w, 1e-6),
             [x, weight],
         )
+
+
+def test_rms_norm_s_weight_gradient_over_many_rows() -> None:
+    """Two programs sum each column, and two each row."""
+    grad, x, rstd = torch.randn(260, 140), torch.randn(260, 140), torch.rand(260)
+    twin = triton_twin("rms_norm", x)
+    assert twin is not None
+    got = twin.weight_gradient(grad, x, rstd)
+    true = (grad.double() * x.double() * rstd.double()[:, None]).sum(0)
+    assert (got - true).abs().max() <= 2e-6 * true.abs().max()
 
 
 @DTYPES
