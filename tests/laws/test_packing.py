@@ -17,7 +17,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 import lorasmith as ls
 from lorasmith.data.pack import pack
 from lorasmith.evaluation.loss import held_out_loss
-from lorasmith.model.packed import packed, takes_layout, to_device
+from lorasmith.model.packed import packed, padded, takes_layout, to_device
 from lorasmith.testing import model_laws
 from lorasmith.testing.model_laws import packed_loss, plain_loss, step_rows
 from lorasmith.training.progress import SilentReporter
@@ -80,6 +80,20 @@ def test_cutting_a_step_into_rows_changes_nothing_with_dropout_on(kind, share_pr
     assert len(num_rows) == (2 if takes_layout(model) else 1)
     clock.step = 1
     assert abs(whole[0] - packed_loss(model, clock, batches)[0]) > 1e-3, "the control has other masks"
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "gemma2"])
+@pytest.mark.parametrize("share_prefixes", [False, True], ids=["apart", "shared"])
+def test_padding_of_a_row_changes_nothing_with_dropout_on(kind, share_prefixes):
+    model, clock = tuned(kind, dropout=0.3)
+    batches = step_rows(model, family_of_conversations(), share_prefixes, max_tokens=90)
+    wider = [padded(batch, 128) for batch in batches]
+    assert all(len(batch.input_ids) % 128 == 0 for batch in wider)
+    assert sum(len(batch.input_ids) for batch in wider) > sum(len(batch.input_ids) for batch in batches)
+    assert [b.num_targets for b in wider] == [b.num_targets for b in batches]
+    assert [b.num_tokens for b in wider] == [b.num_tokens for b in batches]
+    assert_same(packed_loss(model, clock, batches), packed_loss(model, clock, wider))
+    assert padded(wider[0], 128) is wider[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from lorasmith.model.packed import PackedModule, packed, to_device
+from lorasmith.model.packed import PackedModule, packed
 from lorasmith.types import Batch
 
 
@@ -22,6 +22,6 @@ def mean_loss(module: PackedModule, batches: Iterable[Batch]) -> float:
     """The same over a module that is packed already, as it is while it trains."""
     loss, num_targets = 0.0, 0.0
     for batch in batches:
-        loss += module.loss_sum(to_device(batch, module.device)).item()
+        loss += module.loss_sum(module.to_device(batch)).item()
         num_targets += batch.num_targets
     return loss / num_targets

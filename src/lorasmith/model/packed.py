@@ -21,7 +21,7 @@ from lorasmith.model.fused import Forward, fused_ops, replaced_forward
 from lorasmith.ops.attention import LAYOUT_ATTENTION, LayoutIndex, layout_attention_interface, layout_index
 from lorasmith.ops.cross_entropy import cross_entropy_sum, linear_cross_entropy
 from lorasmith.ops.norm_head import NormHead
-from lorasmith.types import IGNORE_INDEX, Batch
+from lorasmith.types import IGNORE_INDEX, Batch, Layout
 
 _POSITION_WISE = (
     "mlp",
@@ -32,6 +32,10 @@ _POSITION_WISE = (
     "token_mixer.out_proj",
 )
 """The field's names for what, in the last layer, only reads and writes a token's own position."""
+
+
+_TILE = 128
+"""Rows of a tile of cuBLAS's products and of FlexAttention's blocks: a partly filled one costs a full one."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,25 @@ def to_device(batch: Batch, device: torch.device) -> DeviceBatch:
         weights=torch.from_numpy(batch.weights[rows]).to(device),
         token_numbers=torch.from_numpy(batch.token_numbers).to(device),
         layout=layout_index(batch.layout, device),
+    )
+
+
+def padded(batch: Batch, multiple: int) -> Batch:
+    """The row with a segment at its end that nobody sees, without label and weight: its length is a multiple.
+
+    Loss, gradients and the other tokens' dropout masks stay as they were.
+    """
+    layout, missing = batch.layout, -len(batch.input_ids) % multiple
+    if missing == 0:
+        return batch
+    positions = np.concatenate([layout.position_ids, np.arange(missing)])
+    starts = np.append(layout.starts, layout.starts[-1] + missing)
+    return Batch(
+        input_ids=np.pad(batch.input_ids, (0, missing)),
+        labels=np.pad(batch.labels, (0, missing), constant_values=IGNORE_INDEX),
+        weights=np.pad(batch.weights, (0, missing)),
+        layout=Layout(starts, np.append(layout.parents, -1), positions),
+        token_numbers=np.pad(batch.token_numbers, (0, missing)),
     )
 
 
@@ -99,6 +122,11 @@ class PackedModule:
     @property
     def device(self) -> torch.device:
         return next(self.module.parameters()).device
+
+    def to_device(self, batch: Batch) -> DeviceBatch:
+        """On a GPU rows are padded to whole tiles, which costs nothing there, so that few lengths occur."""
+        on_gpu = self.device.type == "cuda" and self.by_layout
+        return to_device(padded(batch, _TILE) if on_gpu else batch, self.device)
 
     def loss_sum(self, batch: DeviceBatch) -> Tensor:
         """Sum over the labelled positions of weight * -log p(label), a scalar; logits are never all there."""

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorasmith.kernels.twins import triton_twin
 from lorasmith.ops.gemm import linear
 
 _CHUNK_BYTES = {"cpu": 2 << 20}
@@ -65,6 +66,10 @@ def linear_cross_entropy(
         hidden_ND, weight_VD, bias, head, labels_N, weights_N, chunk, wanted
     )
     return loss
+
+
+_Running = tuple[Tensor, Tensor, Tensor]
+"""Of the tiles read so far, (N, 1): the highest logit, the sum of exponentials, the label's logit."""
 
 
 @dataclass(frozen=True)
@@ -169,24 +174,36 @@ class _Rows:
         """`against` and the label's logit (N, 1); the gradient by hidden is written into `grad_ND`."""
         sum_N1, finfo = torch.zeros_like(self.weights_N1), torch.finfo(self.weights_N1.dtype)
         top_N1, label_N1 = torch.full_like(sum_N1, finfo.min), torch.full_like(sum_N1, -torch.inf)
-        masked_N1 = label_N1
         read_ND = None if grad_ND is None else torch.zeros_like(grad_ND, dtype=top_N1.dtype)
         for tile in head.tiles(columns):
-            values_NC = tile.logits(self.hidden_ND)
-            label_N1 = tile.replace_label(values_NC, self.labels_N, masked_N1, label_N1)
-            higher_N1 = torch.maximum(top_N1, values_NC.amax(1, keepdim=True))
-            shrink_N1 = (top_N1 - higher_N1).exp_()
-            values_NC.sub_(higher_N1).exp_()
-            sum_N1.mul_(shrink_N1).add_(values_NC.sum(1, keepdim=True))
+            running = (top_N1, sum_N1, label_N1)
+            shrink_N1, values_NC, running = self._read_tile(tile, running, read_ND is not None)
+            top_N1, sum_N1, label_N1 = running
             if read_ND is not None:
-                _add_product(read_ND.mul_(shrink_N1), tile.unscaled(values_NC), tile.weight_CD)
-            top_N1 = higher_N1
+                _add_product(read_ND.mul_(shrink_N1), values_NC, tile.weight_CD)
         against_N1 = sum_N1.log() + top_N1 - label_N1
         if read_ND is not None and grad_ND is not None:
             others_ND = read_ND.div_(sum_N1.clamp_min(finfo.tiny))
             slope_N1 = self.weights_N1 * against_N1.sigmoid()
             grad_ND.copy_(others_ND.sub_(head.rows(self.labels_N)).mul_(slope_N1))
         return against_N1, label_N1
+
+    def _read_tile(self, tile: _Tile, running: _Running, wanted: bool) -> tuple[Tensor, Tensor, _Running]:
+        """Returns: by what earlier sums shrink (N, 1); where `wanted`, the tile's share of the softmax's
+        numerator, by hidden W' and in the dtype of the weight; the running numbers with this tile in them."""
+        if twin := triton_twin("cross_entropy", self.hidden_ND):
+            product_NC = _product(self.hidden_ND, tile.weight_CD.T)
+            dtype, own_N = (tile.weight_CD.dtype if wanted else None), self.labels_N - tile.start
+            return *twin.read_tile(product_NC, tile.scale_C, tile.bias_C, own_N, running, dtype), running
+        top_N1, sum_N1, label_N1 = running
+        values_NC = tile.logits(self.hidden_ND)
+        label_N1 = tile.replace_label(values_NC, self.labels_N, torch.full_like(top_N1, -torch.inf), label_N1)
+        higher_N1 = torch.maximum(top_N1, values_NC.amax(1, keepdim=True))
+        shrink_N1 = (top_N1 - higher_N1).exp_()
+        values_NC.sub_(higher_N1).exp_()
+        sum_N1.mul_(shrink_N1).add_(values_NC.sum(1, keepdim=True))
+        values_NC = tile.unscaled(values_NC) if wanted else values_NC
+        return shrink_N1, values_NC, (higher_N1, sum_N1, label_N1)
 
     def add_head_gradients(
         self,

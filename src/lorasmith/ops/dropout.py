@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from lorasmith.kernels.twins import triton_twin
 
 _LEVELS = 1 << 16  # keep-probabilities are multiples of 1 / 65,536
 _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - (1 << 32)  # the multipliers of lowbias32, as int32
@@ -44,7 +47,30 @@ class DropoutMask:
 
     def factors(self, width: int, dtype: torch.dtype) -> Tensor:
         """(T, width): 1 with probability 1 - p, else 0."""
+        if twin := triton_twin("dropout", self.numbers_T.new_empty(0, dtype=dtype)):
+            factor_TD: Tensor = twin.draw(*mask_hashes(self, width), width, dtype)
+            return factor_TD
         return MaskRows(self, width, dtype, block=len(self.numbers_T)).draw(0, len(self.numbers_T))
+
+
+class MaskHashes(NamedTuple):
+    """What all draws of a mask of one width are made of; the Triton twin takes them in this order."""
+
+    tokens_T: Tensor  # int32
+    columns_W: Tensor  # int32
+    least: int
+    """The least 16-bit draw, as int16, that stays."""
+    mixers: tuple[int, int] = (_FIRST, _SECOND)
+
+
+def mask_hashes(mask: DropoutMask, width: int) -> MaskHashes:
+    first, second = mask.key
+    columns_W = torch.arange((width + 1) // 2, device=mask.numbers_T.device, dtype=torch.int32)
+    return MaskHashes(
+        _hash32(mask.numbers_T.to(torch.int32), first, second),
+        _hash32(columns_W, second, first),
+        min(round(mask.p * _LEVELS), _LEVELS - 1) - _LEVELS // 2,
+    )
 
 
 class MaskRows:
@@ -52,11 +78,8 @@ class MaskRows:
 
     def __init__(self, mask: DropoutMask, width: int, dtype: torch.dtype, *, block: int) -> None:
         words, device = (width + 1) // 2, mask.numbers_T.device
-        first, second = mask.key
-        self._tokens_T1 = _hash32(mask.numbers_T.to(torch.int32), first, second)[:, None]
-        columns_W = torch.arange(words, device=device, dtype=torch.int32)
-        self._columns_W = _hash32(columns_W, second, first)
-        self._least = min(round(mask.p * _LEVELS), _LEVELS - 1) - _LEVELS // 2
+        tokens_T, self._columns_W, self._least, _ = mask_hashes(mask, width)
+        self._tokens_T1 = tokens_T[:, None]
         self._word_NW = torch.empty(block, words, device=device, dtype=torch.int32)
         self._shifted_NW = torch.empty_like(self._word_NW)
         self._factor_ND = torch.empty(block, width, device=device, dtype=dtype)

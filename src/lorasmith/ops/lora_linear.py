@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorasmith.ops.dropout import DropoutMask, MaskRows, dropout
+from lorasmith.kernels.twins import triton_twin
+from lorasmith.ops.dropout import DropoutMask, MaskRows, dropout, mask_hashes
 from lorasmith.ops.gemm import linear
 
 _BLOCK = 1 << 20
@@ -112,6 +113,8 @@ def _down(x_ND: Tensor, a_RD: Tensor, mask: DropoutMask | None) -> Tensor:
     """(x with zeros in it) A^T, (N, R): what is dropped is never stored whole."""
     if mask is None:
         return linear(x_ND, a_RD)
+    if twin := triton_twin("dropout", x_ND):  # whole: on a GPU blocks cost launches, and x is soon read
+        return linear(twin.drop(x_ND, *mask_hashes(mask, x_ND.shape[1])), a_RD)
     low_NR = x_ND.new_empty(len(x_ND), len(a_RD))
     for rows, factor in _blocks(mask, x_ND):
         low_NR[rows] = linear(factor.mul_(x_ND[rows]), a_RD)
@@ -132,6 +135,13 @@ def _up(
             dx_ND.addmm_(dlow_NR, a_RD)
         if da_RD is not None:
             _add_product(da_RD, dlow_NR.t(), x_ND)
+        return
+    if twin := triton_twin("dropout", x_ND):
+        hashes = mask_hashes(mask, x_ND.shape[1])
+        if dx_ND is not None:
+            twin.add_dropped(dx_ND, dlow_NR @ a_RD, *hashes)
+        if da_RD is not None:
+            _add_product(da_RD, dlow_NR.t(), twin.drop(x_ND, *hashes))
         return
     for rows, factor in _blocks(mask, x_ND):
         if dx_ND is not None:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorasmith.kernels.twins import triton_twin
+
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """weight * x / sqrt(mean(x^2) + eps), statistics in fp32 or wider.
@@ -37,6 +39,11 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        if twin := triton_twin("rms_norm", x_TD, weight_D):
+            out_TD: Tensor
+            out_TD, rstd_T = twin.forward(x_TD, weight_D, eps)
+            ctx.save_for_backward(x_TD, weight_D, rstd_T)
+            return out_TD
         norm_T1 = torch.linalg.vector_norm(x_TD, dim=-1, keepdim=True, dtype=_wide(x_TD))
         rstd_T1 = norm_T1.square_().div_(x_TD.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x_TD, weight_D, rstd_T1)
@@ -50,6 +57,12 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x_TD, weight_D, rstd_T1 = ctx.saved_tensors
         grad_x, grad_weight = None, None
+        if twin := triton_twin("rms_norm", x_TD, weight_D):
+            if ctx.needs_input_grad[0]:
+                grad_x = twin.input_gradient(grad_TD, x_TD, weight_D, rstd_T1)
+            if ctx.needs_input_grad[1]:
+                grad_weight = twin.weight_gradient(grad_TD, x_TD, rstd_T1).to(weight_D.dtype)
+            return grad_x, grad_weight, None
         if ctx.needs_input_grad[1]:
             products_TD = _times(x_TD, rstd_T1).to(rstd_T1.dtype).mul_(grad_TD)
             grad_weight = products_TD.reshape(-1, len(weight_D)).sum(0).to(weight_D.dtype)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorasmith.kernels.twins import triton_twin
+
 Angles = tuple[Tensor, Tensor, Tensor]
 """Cosines of all features (B, 1, T, R), sines of the first and of the second of each pair (B, 1, T, R/2)."""
 
@@ -27,6 +29,11 @@ def rotary(
     Shapes: q (B, H, T, D), k (B, K, T, D), cos and sin (1 or B, T, R) with R <= D -> as q and k, in their
     dtype and, whatever their strides, in the memory order (B, T, H, D).
     """
+    if triton_twin("rotary", q_BHTD, k_BKTD) and q_BHTD.dtype == k_BKTD.dtype:
+        both: tuple[Tensor, Tensor] = _TritonRotary.apply(  # type: ignore[no-untyped-call]
+            q_BHTD, k_BKTD, cos_BTR, sin_BTR, interleaved
+        )
+        return both
     angles = _angles(cos_BTR, sin_BTR, interleaved)
     q_turned: Tensor = _Rotary.apply(q_BHTD, interleaved, *angles)  # type: ignore[no-untyped-call]
     k_turned: Tensor = _Rotary.apply(k_BKTD, interleaved, *angles)  # type: ignore[no-untyped-call]
@@ -60,6 +67,35 @@ class _Rotary(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin_1, sin_2 = ctx.saved_tensors  # the transposed 2 x 2 matrix of every plane
         return (_turn(grad, ctx.interleaved, (cos, sin_2, sin_1), sign=-1), *[None] * 4)
+
+
+class _TritonRotary(torch.autograd.Function):
+    """Queries and keys in one launch each way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        ctx.interleaved = interleaved
+        return _turn_both(q, k, cos, sin, interleaved, backward=False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        grads = _turn_both(grad_q, grad_k, cos, sin, ctx.interleaved, backward=True)
+        wanted = (grad if need else None for grad, need in zip(grads, ctx.needs_input_grad[:2], strict=True))
+        return (*wanted, None, None, None)
+
+
+def _turn_both(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, *, backward: bool
+) -> tuple[Tensor, Tensor]:
+    twin = triton_twin("rotary", q, k)
+    assert twin is not None
+    turned: tuple[Tensor, Tensor] = twin.turn(q, k, cos, sin, interleaved=interleaved, backward=backward)
+    return turned
 
 
 def _turn(x_BHTD: Tensor, interleaved: bool, angles: Angles, sign: int) -> Tensor:

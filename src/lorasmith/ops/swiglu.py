@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorasmith.kernels.twins import triton_twin
+
 
 def swiglu(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     """silu(gate) * up; for 16 bits silu is rounded before it is multiplied, as in the unfused form.
@@ -35,6 +37,9 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_TF: Tensor, up_TF: Tensor) -> Tensor:
         ctx.save_for_backward(gate_TF, up_TF)
+        if twin := triton_twin("swiglu", gate_TF, up_TF):
+            out_TF: Tensor = twin.forward(gate_TF, up_TF)
+            return out_TF
         return F.silu(gate_TF).mul_(up_TF)
 
     @staticmethod
@@ -42,6 +47,9 @@ class _SwiGlu(torch.autograd.Function):
     def backward(ctx: Any, grad_TF: Tensor) -> tuple[Tensor | None, Tensor | None]:
         gate_TF, up_TF = ctx.saved_tensors
         grad_gate, grad_up = None, None
+        if twin := triton_twin("swiglu", gate_TF, up_TF):
+            both: tuple[Tensor, Tensor] = twin.gradients(grad_TF, gate_TF, up_TF)
+            return both
         if ctx.needs_input_grad[1]:
             grad_up = F.silu(gate_TF).mul_(grad_TF)
         if ctx.needs_input_grad[0]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lorasmith.model.packed import PackedModule, to_device
+from lorasmith.model.packed import PackedModule
 from lorasmith.types import Batch
 
 
@@ -49,7 +49,7 @@ def accumulate_gradients(model: PackedModule, batches: Sequence[Batch], num_targ
     """Add the gradient of sum(losses) / num_targets to the parameters; returns that loss."""
     loss = 0.0
     for batch in batches:
-        part = model.loss_sum(to_device(batch, model.device)) / num_targets
+        part = model.loss_sum(model.to_device(batch)) / num_targets
         part.backward()
         loss += part.item()
     return loss
