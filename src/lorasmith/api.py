@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lorasmith.data.dataset import Dataset
+    from lorasmith.evaluation.verification import Verification
     from lorasmith.hub.adapter_dir import ChatSettings
     from lorasmith.model.model import Model
     from lorasmith.text.template import ChatFormat
@@ -172,6 +173,7 @@ def train(
     """
     from lorasmith.data.dataset import Dataset, fingerprint
     from lorasmith.data.loader import held_out_loader, training_loader
+    from lorasmith.evaluation.golden import base_fingerprint, keep_golden
     from lorasmith.evaluation.loss import mean_loss
     from lorasmith.model.model import Model
     from lorasmith.model.packed import takes_layout
@@ -186,7 +188,7 @@ def train(
     rows = _lasting(data.config) if isinstance(data, Dataset) else DataConfig()
     config = RunConfig(model=tuned.config if tuned else ModelConfig(), data=rows, lora=lora, train=train)
     module = model.module if isinstance(model, Model) else model
-    packed = takes_layout(module)
+    packed, base, storage = takes_layout(module), base_fingerprint(module), storage or Storage()
     session = Session(
         module,
         training_loader(examples, train, packed=packed),
@@ -198,12 +200,14 @@ def train(
         held_out=bool(held_out),
         resume=resume,
         reporter=reporter or default_reporter(),
-        storage=storage or Storage(),
+        storage=storage,
     )
     kept_out = held_out_loader(held_out, train, packed=packed)
     result = session.run((lambda rows: mean_loss(rows, kept_out.epoch())) if kept_out else None)
     if tuned:
         tuned.module, tuned.system = session.model, rows.system
+        first = data.conversations[: train.golden_rows] if isinstance(data, Dataset) else ()
+        keep_golden(tuned, first, base, storage, session.run_dir)
     how_it_ended = asdict(result)
     del how_it_ended["total_steps"]
     return Run(output_dir=session.run_dir, **how_it_ended)
@@ -240,6 +244,23 @@ def evaluate(model: Model, data: Dataset | Sequence[Example], *, max_tokens: int
     model.module.eval()
     loss = held_out_loss(model.module, loader.epoch())
     return Evaluation(loss, math.exp(loss), loader.num_targets)
+
+
+def verify(
+    path: str | Path,
+    *,
+    base: str | None = None,
+    dtype: Dtype | None = None,
+    device: str = "auto",
+) -> Verification:
+    """Whether a run, an adapter made of it or a merged directory still says what golden.json recorded.
+
+    `base` replaces the base model that an adapter names; `dtype` None is the recorded one.
+    Raises: SetupError without a readable golden.json, or if the directory cannot be loaded at all.
+    """
+    from lorasmith.evaluation.verification import verify as verify_directory
+
+    return verify_directory(Path(path), base=base, dtype=dtype, device=device)
 
 
 def _examples_of(data: Dataset | Sequence[Example]) -> tuple[Sequence[Example], Sequence[Example]]:

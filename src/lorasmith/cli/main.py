@@ -8,7 +8,7 @@ import warnings
 
 import typer
 
-from lorasmith.cli import chat, convert, data, demo, download, families, generate, merge, train
+from lorasmith.cli import chat, convert, data, demo, download, families, generate, merge, train, verify
 from lorasmith.errors import LorasmithError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.command("chat")(chat.chat)
 app.command("generate")(generate.generate)
 app.command("merge")(merge.merge)
 app.command("convert")(convert.convert)
+app.command("verify")(verify.verify)
 app.add_typer(data.app, name="data")
 app.command("families")(families.families)
 app.command("download")(download.download)

@@ -25,7 +25,7 @@ from transformers import PretrainedConfig
 from lorasmith.errors import ConfigError, SetupError
 from lorasmith.exporting.layout import PROJECTIONS, NativeLayout, layout_around, projection_rows
 from lorasmith.exporting.native import unit_rows
-from lorasmith.exporting.staging import staged
+from lorasmith.exporting.staging import keep_golden, staged
 from lorasmith.hub.adapter_dir import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lorasmith.hub.files import read_json
 
@@ -67,6 +67,7 @@ def convert(
     with staged(output_dir) as folder:
         (folder / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
         (folder / ADAPTER_WEIGHTS).write_bytes(save(_written(modules, whole), metadata={"format": "pt"}))
+        keep_golden(adapter, folder)
 
 
 def _tensors(adapter: Path) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lorasmith.errors import SetupError, StorageError
+from lorasmith.hub.adapter_dir import GOLDEN_FILE
 
 
 @contextmanager
@@ -41,6 +42,13 @@ def refuse_content(target: Path) -> None:
     if target.exists() or target.is_symlink():
         fix = "choose another output directory, or remove this one"
         raise SetupError("there are files in the output directory already", where=str(target), fix=fix)
+
+
+def keep_golden(source: Path, folder: Path) -> None:
+    """What an adapter said at the end of its training goes along, so that `lorasmith verify` can ask again.
+    A checkpoint has none: it is another adapter."""
+    if (source / GOLDEN_FILE).exists():
+        shutil.copyfile(source / GOLDEN_FILE, folder / GOLDEN_FILE)
 
 
 def _publish(temporary: Path, target: Path) -> None:

@@ -11,6 +11,8 @@ from lorasmith.hub.files import read_json, read_json_if_there
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 CHAT_FORMAT_FILE = "chat_format.json"
+GOLDEN_FILE = "golden.json"
+"""What the adapter said when its training ended; it goes along with whatever is made of the adapter."""
 
 
 @dataclass(frozen=True)

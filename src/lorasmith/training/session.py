@@ -24,7 +24,9 @@ from lorasmith.training.progress import Reporter
 from lorasmith.training.run_dir import open_run_dir, write_settings
 from lorasmith.training.storage import Storage
 
-_NOT_THE_RESULT = {"output_dir", "max_tokens", "logging_steps", "save_steps", "save_total_limit"}
+_NOT_THE_RESULT = {
+    *("output_dir", "max_tokens", "logging_steps", "save_steps", "save_total_limit", "golden_rows")
+}
 """Keys of TrainConfig that a resume may change: they do not touch the adapter that comes out."""
 
 
