@@ -188,7 +188,7 @@ def train(
     rows = _lasting(data.config) if isinstance(data, Dataset) else DataConfig()
     config = RunConfig(model=tuned.config if tuned else ModelConfig(), data=rows, lora=lora, train=train)
     module = model.module if isinstance(model, Model) else model
-    packed, base, storage = takes_layout(module), base_fingerprint(module), storage or Storage()
+    packed, storage, base = takes_layout(module), storage or Storage(), base_fingerprint(module)
     session = Session(
         module,
         training_loader(examples, train, packed=packed),
@@ -206,10 +206,9 @@ def train(
     result = session.run((lambda rows: mean_loss(rows, kept_out.epoch())) if kept_out else None)
     if tuned:
         tuned.module, tuned.system = session.model, rows.system
-        first = data.conversations[: train.golden_rows] if isinstance(data, Dataset) else ()
-        keep_golden(tuned, first, base, storage, session.run_dir)
-    how_it_ended = asdict(result)
-    del how_it_ended["total_steps"]
+        told = data.conversations if isinstance(data, Dataset) else ()
+        keep_golden(tuned, told, train.golden_rows, base, storage, session.run_dir)
+    how_it_ended = {key: value for key, value in asdict(result).items() if key != "total_steps"}
     return Run(output_dir=session.run_dir, **how_it_ended)
 
 

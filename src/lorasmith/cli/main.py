@@ -8,7 +8,19 @@ import warnings
 
 import typer
 
-from lorasmith.cli import chat, convert, data, demo, download, families, generate, merge, train, verify
+from lorasmith.cli import (
+    chat,
+    convert,
+    data,
+    demo,
+    doctor,
+    download,
+    families,
+    generate,
+    merge,
+    train,
+    verify,
+)
 from lorasmith.errors import LorasmithError
 
 app = typer.Typer(
@@ -27,6 +39,7 @@ app.command("generate")(generate.generate)
 app.command("merge")(merge.merge)
 app.command("convert")(convert.convert)
 app.command("verify")(verify.verify)
+app.command("doctor")(doctor.doctor)
 app.add_typer(data.app, name="data")
 app.command("families")(families.families)
 app.command("download")(download.download)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ SENTENCES = ("Who are you, and what can you do?", "你是谁？请用一句话�
 KEPT_LOGITS = 8
 ANSWER_TOKENS = 16
 LONGEST_PROMPT = 512  # tokens; a longer one proves no more and costs T x V logits
+MOST_TRIED = 64  # rows looked at for prompts that are short enough
 LIBRARIES = ("lorasmith", "torch", "transformers", "peft", "tokenizers")
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
@@ -80,11 +82,16 @@ class Golden:
 
 
 def keep_golden(
-    model: Model, conversations: Sequence[Conversation], base: str, storage: Storage, run_dir: Path
+    model: Model,
+    conversations: Sequence[Conversation],
+    rows: int,
+    base: str,
+    storage: Storage,
+    run_dir: Path,
 ) -> None:
     """Write golden.json into a finished run. The run stands whatever happens here: a failure is a warning."""
     try:
-        tree = {"format": FORMAT, **asdict(record(model, conversations, base))}
+        tree = {"format": FORMAT, **asdict(record(model, conversations, rows, base))}
         text = json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
         storage.replace(run_dir / GOLDEN_FILE, text.encode())
     except Exception as error:  # a finished run must not be lost to what only watches over it
@@ -92,15 +99,15 @@ def keep_golden(
         warnings.warn(f"the run is whole, but {GOLDEN_FILE} could not be written: {reason}", stacklevel=2)
 
 
-def record(model: Model, conversations: Sequence[Conversation], base: str) -> Golden:
-    """What `model` says now to the prompts of `conversations` and to two neutral sentences.
+def record(model: Model, conversations: Sequence[Conversation], rows: int, base: str) -> Golden:
+    """What `model` says now to the first `rows` prompts of `conversations` that fit, and to two sentences.
 
     Raises: DataError if its chat format can write none of them.
     """
     neutral = [with_system(Conversation((Message("user", s),), "neutral"), model.system) for s in SENTENCES]
-    prompts = [_prompt_of(conversation) for conversation in conversations] + neutral
-    encoded = [(prompt, _ids_of(model, prompt)) for prompt in prompts]
-    golden = tuple(_asked(model, prompt, ids) for prompt, ids in encoded if ids is not None)
+    own = map(_prompt_of, conversations[:MOST_TRIED])
+    chosen = [*islice(_encoded(model, own), rows), *_encoded(model, neutral)]
+    golden = tuple(_asked(model, prompt, ids) for prompt, ids in chosen)
     if not golden:
         raise DataError("no prompt can be written in this chat format")
     return Golden(
@@ -202,6 +209,11 @@ def _prompt_of(conversation: Conversation) -> Conversation:
     """Without its last answer."""
     last = max(n for n, message in enumerate(conversation.messages) if message.role == "assistant")
     return Conversation(conversation.messages[:last], conversation.origin)
+
+
+def _encoded(model: Model, prompts: Iterable[Conversation]) -> Iterator[tuple[Conversation, list[int]]]:
+    ids_of = ((prompt, _ids_of(model, prompt)) for prompt in prompts)
+    return ((prompt, ids) for prompt, ids in ids_of if ids is not None)
 
 
 def _ids_of(model: Model, prompt: Conversation) -> list[int] | None:

@@ -6,11 +6,12 @@ import json
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece_factory
 import torch
-from chat_models import FAMILIES, alpaca_rows, chat_model
+from chat_models import alpaca_rows, chat_model
 from modules import tiny_module
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
@@ -23,19 +24,20 @@ from lorasmith.training.storage import Storage
 
 
 def learn(
-    base: Path, folder: Path, family: str = "llama3", storage: Storage | None = None, **changes: object
+    base: Path,
+    folder: Path,
+    family: str = "llama3",
+    *,
+    storage: Storage | None = None,
+    resume: bool = False,
+    golden_rows: int = 2,
 ) -> Path:
     model = ls.load_model(str(base), family=family, dtype="fp32")
     data = ls.load_dataset(str(alpaca_rows(folder / "rows.json")), model)
-    train = ls.TrainConfig(
-        max_steps=8,
-        batch_size=4,
-        learning_rate=2e-2,
-        **changes,  # type: ignore[arg-type]
-    )
-    run = folder / "run"
-    ls.train(model, data, output_dir=run, train=train, storage=storage, reporter=SilentReporter())
-    return run
+    train = ls.TrainConfig(max_steps=6, batch_size=4, learning_rate=2e-2, golden_rows=golden_rows)
+    how: Any = {"train": train, "storage": storage, "resume": resume, "reporter": SilentReporter()}
+    ls.train(model, data, output_dir=folder / "run", **how)
+    return folder / "run"
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +61,12 @@ def invoke(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["deepseek", "generic"])
 def test_a_run_is_what_it_was(tmp_path: Path, family: str) -> None:
-    found = ls.verify(learn(chat_model(family, tmp_path / "base"), tmp_path, family))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run = learn(chat_model(family, tmp_path / "base"), tmp_path, family)
+    found = ls.verify(run)
     assert (found.outcome, found.base_equal, found.tokenizer_changes) == ("ok", True, ())
     assert found.effect == pytest.approx(1, abs=1e-3)
     assert len(found.prompts) == 4
@@ -86,20 +91,13 @@ def test_it_holds_two_rows_and_two_sentences(trained: Path) -> None:
     assert set(tree["tokenizer"]) == {"tokenizer.json", "tokenizer_config.json"}  # type: ignore[call-overload]
 
 
-def test_private_rows_stay_out(tmp_path: Path) -> None:
-    run = learn(chat_model("llama3", tmp_path / "base"), tmp_path, golden_rows=0)
+def test_private_rows_stay_out_and_a_resume_may_let_them_in(tmp_path: Path) -> None:
+    base = chat_model("llama3", tmp_path / "base")
+    run = learn(base, tmp_path, golden_rows=0)
     assert "What is" not in (run / "golden.json").read_text()
     assert len(ls.verify(run).prompts) == 2
-
-
-def test_a_resume_may_change_how_many_rows_are_kept(tmp_path: Path) -> None:
-    base = chat_model("llama3", tmp_path / "base")
-    learn(base, tmp_path)
-    model = ls.load_model(str(base), family="llama3", dtype="fp32")
-    data = ls.load_dataset(str(tmp_path / "rows.json"), model)
-    train = ls.TrainConfig(max_steps=8, batch_size=4, learning_rate=2e-2, golden_rows=1)
-    ls.train(model, data, output_dir=tmp_path / "run", train=train, resume=True, reporter=SilentReporter())
-    assert len(ls.verify(tmp_path / "run").prompts) == 3
+    learn(base, tmp_path, golden_rows=1, resume=True)
+    assert len(ls.verify(run).prompts) == 3
 
 
 @pytest.mark.parametrize("change", ["flipped", "zeroed"])
@@ -112,7 +110,8 @@ def test_another_adapter_is_broken(run: Path, change: str) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
     found = ls.verify(run)
     assert found.outcome == "broken"
-    assert found.effect == pytest.approx({"flipped": 0.7, "zeroed": 0.0}[change], abs=0.1)
+    assert found.effect is not None
+    assert found.effect < {"flipped": 0.9, "zeroed": 0.01}[change]
     assert (found.base_equal, found.tokenizer_changes) == (True, ())
 
 
@@ -178,7 +177,10 @@ def test_a_dtype_moves_it_a_little(trained: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "write"),
-    [("baichuan2", sentencepiece_factory.baichuan2_like), ("chatglm3", sentencepiece_factory.chatglm3_like)],
+    [
+        ("baichuan2", sentencepiece_factory.baichuan2_like),
+        pytest.param("chatglm3", sentencepiece_factory.chatglm3_like, marks=pytest.mark.slow),
+    ],
 )
 def test_it_goes_along_to_the_native_layout(tmp_path: Path, kind: str, write: object) -> None:
     base = save_native(kind, tmp_path / "base", write)
@@ -202,7 +204,7 @@ def save_native(kind: str, directory: Path, write: object) -> Path:
 
 
 def test_a_checkpoint_has_no_golden_answers(trained: Path, tmp_path: Path) -> None:
-    merged = ls.merge(trained / "run", output_dir=tmp_path / "merged", checkpoint=8)
+    merged = ls.merge(trained / "run", output_dir=tmp_path / "merged", checkpoint=6)
     assert not (merged / "golden.json").exists()
     with pytest.raises(SetupError, match="nothing is known"):
         ls.verify(merged)
@@ -247,9 +249,3 @@ def test_the_verb_says_it(trained: Path, run: Path, tmp_path: Path) -> None:
     broken = invoke("verify", run)
     assert broken.exit_code == 4
     assert broken.stdout.splitlines()[-1].startswith("broken ")
-
-
-def test_training_warns_of_nothing(tmp_path: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        learn(chat_model("llama3", tmp_path / "base"), tmp_path)
