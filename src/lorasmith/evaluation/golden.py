@@ -1,7 +1,8 @@
 """golden.json: what an adapter said when its training ended, for `replay` to ask again wherever it went.
 
 Logits are computed in fp32 over the weights as they are stored, so that they move with the weights and the
-ids, and hardly with the machine. Shapes: V = vocabulary, K = logits that are kept, T = tokens of a prompt.
+ids, and hardly with the machine. Shapes: V = vocabulary, K = logits that are kept, T = tokens of a prompt,
+B = prompts.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import torch
 from torch import Tensor, nn
@@ -26,7 +28,7 @@ from lorasmith.exporting.proof import logits_of
 from lorasmith.hub.adapter_dir import GOLDEN_FILE
 from lorasmith.hub.files import read_json
 from lorasmith.infer.continuation import Continuation
-from lorasmith.infer.decode import context_length, stop_ids
+from lorasmith.infer.decode import PASS_COST, context_length, stop_ids
 from lorasmith.infer.generate import with_system
 from lorasmith.model.dtype import DTYPE_NAMES
 from lorasmith.model.load import module_dtype
@@ -107,9 +109,10 @@ def record(model: Model, conversations: Sequence[Conversation], rows: int, base:
     neutral = [with_system(Conversation((Message("user", s),), "neutral"), model.system) for s in SENTENCES]
     own = map(_prompt_of, conversations[:MOST_TRIED])
     chosen = [*islice(_encoded(model, own), rows), *_encoded(model, neutral)]
-    golden = tuple(_asked(model, prompt, ids) for prompt, ids in chosen)
-    if not golden:
+    if not chosen:
         raise DataError("no prompt can be written in this chat format")
+    answers = greedy_ids(model.module, [ids for _, ids in chosen], ANSWER_TOKENS)
+    golden = tuple(_asked(model, *one, said) for one, said in zip(chosen, answers, strict=True))
     return Golden(
         prompts=golden,
         family=model.family.name,
@@ -137,6 +140,8 @@ def read_golden(directory: Path) -> Golden:
         if tree.pop("format") != FORMAT:
             raise ValueError("it was written by another version of lorasmith")
         prompts = tuple(_read_prompt(prompt) for prompt in tree.pop("prompts"))
+        if not prompts:
+            raise ValueError("there are no prompts in it")
         return Golden(prompts=prompts, **tree)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise SetupError(
@@ -158,19 +163,20 @@ def first_logits(module: nn.Module, ids: Sequence[int]) -> Tensor:
 
 
 @torch.no_grad()
-def greedy_ids(module: nn.Module, ids: Sequence[int], limit: int, stops: Sequence[int] = ()) -> list[int]:
-    """The likeliest `limit` tokens behind a prompt, in the module's own dtype; fewer if one of `stops` comes.
+def greedy_ids(module: nn.Module, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+    """The likeliest `count` tokens behind each prompt, in the module's own dtype, whatever ends an answer.
 
-    `limit` may not go beyond the model's context.
+    Prompts and `count` together may not go beyond the model's context.
     """
     base = base_module(module)
-    rows = Continuation(base, [torch.tensor(ids).numpy()], 0, None)
-    logits_1V = rows.start(0)
-    said = [int(logits_1V[0].argmax())]
-    while len(said) < limit and said[-1] not in stops:
-        logits_1V = rows.step(torch.tensor(said[-1:], device=base.device))
-        said.append(int(logits_1V[0].argmax()))
-    return said
+    rows = Continuation(base, [np.array(ids) for ids in prompts], 0, None)
+    ids_B = rows.start(PASS_COST).argmax(-1)
+    said = [ids_B]
+    for _ in range(count - 1):
+        ids_B = rows.step(ids_B).argmax(-1)
+        said.append(ids_B)
+    answers: list[list[int]] = torch.stack(said, dim=1).tolist()
+    return answers
 
 
 @torch.no_grad()
@@ -227,21 +233,22 @@ def _ids_of(model: Model, prompt: Conversation) -> list[int] | None:
     return ids if len(ids) <= room else None
 
 
-def _asked(model: Model, prompt: Conversation, ids: list[int]) -> GoldenPrompt:
+def _asked(model: Model, prompt: Conversation, ids: list[int], said: list[int]) -> GoldenPrompt:
     module = model.module
     logits_V = first_logits(module, ids)
     with module.disable_adapter() if isinstance(module, peft.PeftModel) else nullcontext():
         base_V = first_logits(module, ids)
     top_K = logits_V.topk(min(KEPT_LOGITS, len(logits_V))).indices
-    answer = greedy_ids(module, ids, ANSWER_TOKENS, stop_ids(model))
+    stops = stop_ids(model)
+    end = next((n for n, token_id in enumerate(said, start=1) if token_id in stops), len(said))
     return GoldenPrompt(
         messages=tuple({"role": m.role, "content": m.content} for m in prompt.messages),
         input_ids=tuple(ids),
         top_ids=tuple(top_K.tolist()),
         top_logits=tuple(logits_V[top_K].tolist()),
         base_logits=tuple(base_V[top_K].tolist()),
-        answer_ids=tuple(answer),
-        answer=model.tokenizer.decode(answer),
+        answer_ids=tuple(said[:end]),
+        answer=model.tokenizer.decode(said[:end]),
     )
 
 

@@ -79,7 +79,10 @@ def replay(
     logit differs by more than `allowed`, or the adapter's effect is gone; else "moved".
     """
     allowed = max(TOLERANCE[DTYPES[name]] for name in (golden.dtype, *dtypes))
-    asked = [_ask(prompt, module, chat_format) for prompt in golden.prompts]
+    prompts = [prompt.input_ids for prompt in golden.prompts]
+    answers = greedy_ids(module, prompts, max(len(prompt.answer_ids) for prompt in golden.prompts))
+    said = zip(golden.prompts, answers, strict=True)
+    asked = [_ask(prompt, module, chat_format, answer) for prompt, answer in said]
     tokenizer = chat_format.tokenizer if chat_format else None
     reports = [_report(one, allowed, tokenizer) for one in asked]
     effect = _effect(asked)
@@ -91,10 +94,11 @@ def replay(
     return Replay(next(o for o in order if o in outcomes), allowed, effect, tuple(reports))
 
 
-def _ask(golden: GoldenPrompt, module: nn.Module, chat_format: ChatFormat | None) -> _Asked:
+def _ask(
+    golden: GoldenPrompt, module: nn.Module, chat_format: ChatFormat | None, answer: list[int]
+) -> _Asked:
     logits_V = first_logits(module, golden.input_ids)
-    answer = greedy_ids(module, golden.input_ids, len(golden.answer_ids))
-    return _Asked(golden, _ids_equal(golden, chat_format), logits_V, answer)
+    return _Asked(golden, _ids_equal(golden, chat_format), logits_V, answer[: len(golden.answer_ids)])
 
 
 def _ids_equal(golden: GoldenPrompt, chat_format: ChatFormat | None) -> bool | None:
