@@ -189,7 +189,8 @@ def errors_page() -> str:
         *[_error_row(error) for error in _tree_of(errors.LorasmithError)],
         "",
         "Besides these: 0 for success; 2 for an unknown verb or option, or a missing one; 3 where a verb of",
-        "`lorasmith data` prints its whole report and a row of it would stop training; 130 for Ctrl-C. Exit",
+        "`lorasmith data` prints its whole report and a row of it would stop training; 4 where `doctor` or",
+        "`verify` prints its whole report and a line of it failed; 130 for Ctrl-C. Exit",
         "code 1 with a traceback is a fault of ours: please report it. `--debug` shows the traceback of a",
         "known error; its exit code stays.",
     )

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         load_model,
         load_module,
         train,
+        verify,
     )
     from lorasmith.config import (
         DataConfig,
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "lorasmith.api": (
-        "Evaluation Run chat download evaluate generate load_dataset load_model load_module train"
+        "Evaluation Run chat download evaluate generate load_dataset load_model load_module train verify"
     ),
     "lorasmith.config": "DataConfig GenerateConfig LoraConfig ModelConfig RunConfig TrainConfig",
     "lorasmith.errors": "LorasmithError",
@@ -87,6 +88,7 @@ __all__ = [
     "merge",
     "plan",
     "train",
+    "verify",
 ]
 
 

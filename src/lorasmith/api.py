@@ -32,12 +32,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lorasmith.data.dataset import Dataset
+    from lorasmith.evaluation.verification import Verification
     from lorasmith.hub.adapter_dir import ChatSettings
     from lorasmith.model.model import Model
     from lorasmith.storage import Storage
     from lorasmith.text.template import ChatFormat
     from lorasmith.training.progress import Reporter
-    from lorasmith.training.session import Session
+    from lorasmith.training.session import Outcome, Session
 
 Resume: TypeAlias = bool | Literal["prove"]
 
@@ -183,7 +184,9 @@ def train(
     this model cannot take; MemoryLimitError; DivergedError; NotReproducedError; StorageError; Interrupted (a
     KeyboardInterrupt too) by SIGINT, SIGTERM or SIGUSR1, with a checkpoint to resume from.
     """
+    from lorasmith.data.dataset import Dataset
     from lorasmith.data.loader import held_out_loader
+    from lorasmith.evaluation.golden import base_fingerprint, keep_golden
     from lorasmith.evaluation.loss import mean_loss
     from lorasmith.model.model import Model
     from lorasmith.model.packed import takes_layout
@@ -196,20 +199,20 @@ def train(
     train = (train or TrainConfig()).model_copy(update={"output_dir": str(output_dir)})
     reporter, storage = reporter or default_reporter(), storage or Storage()
     session, held_out = _session(model, data, lora or LoraConfig(), train, allow_changes, reporter, storage)
+    base = base_fingerprint(session.base)
     kept_out = held_out_loader(held_out, train, packed=takes_layout(session.base))
     held_out_loss = (
         (lambda rows, most: mean_loss(rows, kept_out.epoch(max_tokens=most))) if kept_out else None
     )
     if resume == "prove":
-        outcome = prove(session, held_out_loss)
-    else:
-        with run_lock(storage, Path(output_dir), reporter):
-            outcome = session.run(held_out_loss, resume=resume)
-    if isinstance(model, Model):
-        model.module, model.system = outcome.model, session.config.data.system
-    how_it_ended = asdict(outcome.result)
-    del how_it_ended["total_steps"]
-    return Run(output_dir=session.run_dir, proved=outcome.proved, **how_it_ended)
+        return _ended(session, model, prove(session, held_out_loss))
+    with run_lock(storage, Path(output_dir), reporter):
+        outcome = session.run(held_out_loss, resume=resume)
+        run = _ended(session, model, outcome)
+        if isinstance(model, Model) and outcome.trained:
+            told = data.conversations if isinstance(data, Dataset) else ()
+            keep_golden(model, told, train.golden_rows, base, storage, session.run_dir)
+    return run
 
 
 def chat(model: Model, messages: Sequence[Message], *, generate: GenerateConfig | None = None) -> Completion:
@@ -243,6 +246,34 @@ def evaluate(model: Model, data: Dataset | Sequence[Example], *, max_tokens: int
     model.module.eval()
     loss = held_out_loss(model.module, loader.epoch())
     return Evaluation(loss, math.exp(loss), loader.num_targets)
+
+
+def verify(
+    path: str | Path,
+    *,
+    base: str | None = None,
+    dtype: Dtype | None = None,
+    device: str = "auto",
+) -> Verification:
+    """Whether a run, an adapter made of it or a merged directory still says what golden.json recorded.
+
+    `base` replaces the base model that an adapter names; `dtype` None is the recorded one.
+    Raises: SetupError without a readable golden.json, or if the directory cannot be loaded at all.
+    """
+    from lorasmith.evaluation.verification import verify as verify_directory
+
+    return verify_directory(Path(path), base=base, dtype=dtype, device=device)
+
+
+def _ended(session: Session, model: Model | PreTrainedModel, outcome: Outcome) -> Run:
+    """The model carries what was trained."""
+    from lorasmith.model.model import Model
+
+    if isinstance(model, Model):
+        model.module, model.system = outcome.model, session.config.data.system
+    how = asdict(outcome.result)
+    del how["total_steps"]
+    return Run(output_dir=session.run_dir, proved=outcome.proved, **how)
 
 
 def require_resumable(run_dir: Path, resume: Resume, allow_changes: Sequence[str]) -> None:

@@ -164,6 +164,10 @@ class TrainConfig(Section):
     final_adapter: Literal["last", "best"] = Field(
         "last", description="Which adapter the run directory ends with."
     )
+    golden_rows: NonNegativeInt = Field(
+        2,
+        description="Training prompts that golden.json keeps for `verify`; 0: none, where rows are private.",
+    )
 
     @model_validator(mode="after")
     def _evaluations_exist(self) -> TrainConfig:

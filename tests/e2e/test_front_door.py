@@ -61,7 +61,7 @@ def test_a_run_directory_holds_what_the_design_says(tmp_path, base, rows):
     learn(model, ls.load_dataset(str(rows), model), tmp_path / "run")
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "chat_format.json", "checkpoints", "config.yaml",
-        "loss.png", "metrics.jsonl", "rows.json",
+        "golden.json", "loss.png", "metrics.jsonl", "rows.json",
     }  # fmt: skip
     assert {p.name for p in list_checkpoints(tmp_path / "run")[0].iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "state.json",

@@ -40,6 +40,10 @@ VERBS = {
         "convert",
         "Convert a Baichuan2 or ChatGLM3 adapter to the native layout of its model, or back.",
     ),
+    "verify": Verb("verify", "verify", "Replay the prompts of golden.json and say what moved, by how much."),
+    "doctor": Verb(
+        "doctor", "doctor", "Check machine, libraries, disk and model; offline, downloads nothing."
+    ),
     "families": Verb("families", "families", "List the model families."),
     "download": Verb(
         "download", "download", "Fetch a model's files (never its code); prints their directory."

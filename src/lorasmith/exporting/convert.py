@@ -25,7 +25,7 @@ from transformers import PretrainedConfig
 from lorasmith.errors import ConfigError, SetupError
 from lorasmith.exporting.layout import PROJECTIONS, NativeLayout, layout_around, projection_rows
 from lorasmith.exporting.native import unit_rows
-from lorasmith.exporting.staging import staged
+from lorasmith.exporting.staging import keep_golden, staged
 from lorasmith.hub.adapter_dir import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lorasmith.hub.files import read_json
 from lorasmith.storage import Storage
@@ -75,6 +75,7 @@ def convert(
     with staged(storage, output_dir, needed=len(weights)) as folder:
         storage.create(folder / ADAPTER_CONFIG, text.encode())
         storage.create(folder / ADAPTER_WEIGHTS, weights)
+        keep_golden(storage, adapter, folder)
 
 
 def _tensors(adapter: Path) -> dict[str, Tensor]:

@@ -24,7 +24,8 @@ from lorasmith.exporting.proof import (
     random_rows,
     require_equal,
 )
-from lorasmith.exporting.staging import refuse_content, staged
+from lorasmith.exporting.staging import keep_golden, refuse_content, staged
+from lorasmith.hub.adapter_dir import GOLDEN_FILE
 from lorasmith.hub.files import read_json, read_json_if_there
 from lorasmith.model.adapter import load_adapter
 from lorasmith.model.load import load_base, module_dtype, read_model_config, without_progress_bar
@@ -93,6 +94,7 @@ def merge(
         record = _write(_Task(base, adapter, route, dtype or stored, chat_format), model, folder)
         text = json.dumps(asdict(record), indent=2, ensure_ascii=False) + "\n"
         storage.create(folder / RECORD_FILE, text.encode())
+        keep_golden(storage, adapter or base, folder)
     return record
 
 
@@ -185,8 +187,8 @@ def _save_weights(module: PreTrainedModel, folder: Path) -> None:
 def _copy_small_files(base: Path, folder: Path, dtype: torch.dtype) -> None:
     """Byte for byte, over what transformers wrote; only a changed dtype changes a line of config.json."""
     for path in sorted(base.iterdir()):
-        is_index = path.name.endswith(".index.json")
-        if path.is_file() and path.suffix not in _WEIGHTS and not is_index and path.name[0] != ".":
+        left = path.name.endswith(".index.json") or path.name == GOLDEN_FILE or path.name[0] == "."
+        if path.is_file() and path.suffix not in _WEIGHTS and not left:
             shutil.copyfile(path, folder / path.name)
     tree, name = read_json(base / "config.json"), str(dtype).removeprefix("torch.")
     keys = [key for key in ("dtype", "torch_dtype") if key in tree]

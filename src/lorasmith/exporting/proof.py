@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lorasmith.errors import SetupError
 
 _SHORT = (torch.float16, torch.bfloat16)
-_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Of the largest logit, by the dtype that was written. fp32: two ways to sum a product part by 1e-6 to 1e-4
 in a deep model. Rounding moves a merged weight by up to 2^-12 of itself in fp16 and 2^-9 in bf16, which small
 random models answer with up to 0.006 and 0.04 of the largest logit: two to three times that is allowed. A
@@ -69,7 +69,7 @@ def largest_difference(left: Sequence[Tensor], right: Sequence[Tensor]) -> float
 
 def allowed_difference(logits: Sequence[Tensor], written: torch.dtype) -> float:
     """The bound for logits of this size and weights that were rounded to `written`."""
-    return _TOLERANCE[written] * max(1.0, *(float(row.abs().max()) for row in logits))
+    return TOLERANCE[written] * max(1.0, *(float(row.abs().max()) for row in logits))
 
 
 def require_equal(difference: float, allowed: float) -> None:

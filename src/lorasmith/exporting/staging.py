@@ -12,6 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from lorasmith.errors import SetupError
+from lorasmith.hub.adapter_dir import GOLDEN_FILE
 from lorasmith.hub.links import refuse_links
 from lorasmith.storage import Storage, hidden_name, told
 
@@ -55,6 +56,13 @@ def refuse_content(target: Path) -> None:
     if target.exists() or target.is_symlink():
         fix = "choose another output directory, or remove this one"
         raise SetupError("there are files in the output directory already", where=str(target), fix=fix)
+
+
+def keep_golden(storage: Storage, source: Path, folder: Path) -> None:
+    """What an adapter said at the end of its training goes along, so that `lorasmith verify` can ask again.
+    A checkpoint has none: it is another adapter."""
+    if (source / GOLDEN_FILE).exists():
+        storage.create(folder / GOLDEN_FILE, (source / GOLDEN_FILE).read_bytes())
 
 
 @contextmanager

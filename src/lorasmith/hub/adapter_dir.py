@@ -12,6 +12,8 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PICKLED_ADAPTER_WEIGHTS = "adapter_model.bin"
 ADAPTER_CONFIG = "adapter_config.json"
 CHAT_FORMAT_FILE = "chat_format.json"
+GOLDEN_FILE = "golden.json"
+"""What the adapter said when its training ended; it goes along with whatever is made of the adapter."""
 
 
 @dataclass(frozen=True)

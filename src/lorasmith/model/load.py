@@ -19,7 +19,7 @@ from lorasmith.errors import FamilyError, SetupError
 from lorasmith.hub.files import read_json
 from lorasmith.model.native import native_model_type, register_native
 
-_CODE_KEYS = ("auto_map", "custom_pipelines", "_attn_implementation", "_attn_implementation_internal")
+CODE_KEYS = ("auto_map", "custom_pipelines", "_attn_implementation", "_attn_implementation_internal")
 """Keys of config.json that name code to run; they are dropped, never followed (CVE-2026-4372)."""
 
 _STRAY_BUFFERS = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
@@ -49,7 +49,7 @@ def read_model_config(directory: Path) -> PretrainedConfig:
             where=str(directory / "config.json"),
             fix="`lorasmith families` lists what runs; a newer transformers may know this model_type",
         )
-    for key in _CODE_KEYS:
+    for key in CODE_KEYS:
         tree.pop(key, None)
     config: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(tree)
     return config

@@ -130,10 +130,11 @@ def packed_loss(model: nn.Module, clock: DropoutClock, batches: Sequence[Batch])
 
 def plain_loss(model: nn.Module, rows: Sequence[Example]) -> LossAndGradients:
     """Both as a textbook has them: one conversation at a time through the stock module, no Layout."""
-    total, count = torch.zeros((), dtype=torch.float64), 0
+    device = next(model.parameters()).device
+    total, count = torch.zeros((), dtype=torch.float64, device=device), 0
     for row in rows:
-        logits_TV = model(input_ids=torch.from_numpy(row.input_ids)[None]).logits[0].double()
-        labels = torch.from_numpy(row.labels)
+        logits_TV = model(input_ids=torch.from_numpy(row.input_ids)[None].to(device)).logits[0].double()
+        labels = torch.from_numpy(row.labels).to(device)
         keep = labels != IGNORE_INDEX
         total = total + nn.functional.cross_entropy(logits_TV[keep], labels[keep], reduction="sum")
         count += int(keep.sum())

@@ -18,6 +18,7 @@ NOT_THE_RESULT = {
     "max_tokens",
     "activation_checkpointing",
     "max_skipped_steps",
+    "golden_rows",
     "logging_steps",
     "save_steps",
     "save_total_limit",

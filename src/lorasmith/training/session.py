@@ -47,6 +47,8 @@ class Outcome:
     result: FitResult
     proved: tuple[int, int] | None = None
     """Of a proof: the steps (after, up to) that came out again bit by bit."""
+    trained: bool = True
+    """False where the run was finished before and is left as it was."""
 
 
 class Session:
@@ -175,7 +177,7 @@ class Session:
         restore(chosen, model, make_optimizer(model, train))
         early = state.step < self.total_steps
         result = fit_result(self.run_dir, state, self.total_steps, stopped_early=early)
-        return Outcome(model.eval(), result)
+        return Outcome(model.eval(), result, trained=False)
 
 
 def _untuned(module: nn.Module) -> PreTrainedModel:

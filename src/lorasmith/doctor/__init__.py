@@ -1,0 +1,1 @@
+"""Machine, libraries, model directory -> Checks, each with its remedy. Never: training rows."""
