@@ -7,7 +7,7 @@ costs a fraction of a second.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -31,8 +31,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lorasmith.data.dataset import Dataset
+    from lorasmith.data.loader import Loader
     from lorasmith.hub.adapter_dir import ChatSettings
     from lorasmith.model.model import Model
+    from lorasmith.model.packed import PackedModule
     from lorasmith.storage import Storage
     from lorasmith.text.template import ChatFormat
     from lorasmith.training.progress import Reporter
@@ -173,7 +175,6 @@ def train(
     """
     from lorasmith.data.dataset import Dataset, fingerprint
     from lorasmith.data.loader import held_out_loader, training_loader
-    from lorasmith.evaluation.loss import mean_loss
     from lorasmith.model.model import Model
     from lorasmith.model.packed import takes_layout
     from lorasmith.storage import Storage
@@ -205,14 +206,19 @@ def train(
             storage=storage,
         )
         kept_out = held_out_loader(held_out, train, packed=packed)
-        result = session.run(
-            (lambda rows, most: mean_loss(rows, kept_out.epoch(max_tokens=most))) if kept_out else None
-        )
+        result = session.run(_mean_loss_over(kept_out) if kept_out else None)
     if tuned:
         tuned.module, tuned.system = session.model, rows.system
     how_it_ended = asdict(result)
     del how_it_ended["total_steps"]
     return Run(output_dir=session.run_dir, **how_it_ended)
+
+
+def _mean_loss_over(loader: Loader) -> Callable[[PackedModule, int], float]:
+    """The held-out loss of a module that is packed already, by the tokens that a row may have."""
+    from lorasmith.evaluation.loss import mean_loss
+
+    return lambda rows, max_tokens: mean_loss(rows, loader.epoch(max_tokens=max_tokens))
 
 
 def chat(model: Model, messages: Sequence[Message], *, generate: GenerateConfig | None = None) -> Completion:
