@@ -255,6 +255,7 @@ import resource, sys
 sys.path.insert(0, {tests!r})
 import torch
 import lorasmith as ls
+import matplotlib.backends.backend_agg, matplotlib.figure  # the picture at the end, before the limit
 from modules import tiny_module
 from lorasmith.testing.texts import random_examples
 module = tiny_module("llama3", torch.float32, hidden_size=512, intermediate_size=2048, num_hidden_layers=4,
@@ -283,4 +284,5 @@ def test_a_real_allocator_that_fails(tmp_path: Path) -> None:
     assert events(tmp_path / "roomy") == []
     assert events(tmp_path / "tight")
     for name, tensor in results[0].items():
-        torch.testing.assert_close(results[1][name], tensor, rtol=1e-2, atol=1e-6)
+        # AdamW divides a gradient by its own size, so rounding of a tiny one shows: a tenth of 2 updates.
+        torch.testing.assert_close(results[1][name], tensor, rtol=1e-2, atol=2e-5)

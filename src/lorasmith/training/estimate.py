@@ -96,18 +96,22 @@ class ActivationWidths:
     layers: tuple[int, ...]
     """By each decoder layer, if it does not recompute."""
     hidden: int
+    vocabulary: int
 
 
 def activation_widths(model: peft.PeftModel) -> ActivationWidths:
     """From the linear layers: what each one gives is kept by what comes next (a norm, attention, the gate),
     and what it reads is kept if it has LoRA, once for those that read the same."""
     layers = decoder_layers(model) or [model]
-    hidden = int(model.get_base_model().config.get_text_config().hidden_size)
-    return ActivationWidths(tuple(_kept(layer) for layer in layers), hidden)
+    text = model.get_base_model().config.get_text_config()
+    kept = tuple(_kept(layer) for layer in layers)
+    return ActivationWidths(kept, int(text.hidden_size), int(text.vocab_size))
 
 
 def _kept(layer: nn.Module) -> int:
-    return sum(_kept_by_block(block) for block in layer.modules() if not isinstance(block, LoraLayer))
+    """What lies inside a LoRA layer is its own: what it keeps is small."""
+    below = [part for part in layer.children() if not isinstance(part, LoraLayer)]
+    return _kept_by_block(layer) + sum(_kept(part) for part in below)
 
 
 def _kept_by_block(block: nn.Module) -> int:
@@ -139,7 +143,8 @@ def estimate_memory(
     """
     kept = sum(widths.layers[recomputed_layers:]) or max(widths.layers)
     per_token = kept + recomputed_layers * widths.hidden + max(widths.layers) // 2
-    head = row_targets * 3 * widths.hidden * dtype.itemsize + 3 * (_GPU_TILE if on_gpu else _CPU_TILE)
+    tile = min(_GPU_TILE if on_gpu else _CPU_TILE, 4 * row_targets * widths.vocabulary)
+    head = row_targets * 3 * widths.hidden * dtype.itemsize + 3 * tile
     return MemoryEstimate(
         weights=(count.total - count.trainable) * dtype.itemsize,
         adapter=16 * count.trainable,
