@@ -77,6 +77,7 @@ def test_kills_at_random_moments(
     figures(f"random_kills_of_a_merge_{trials}", trials=trials, kills=kills, survived=trials)
 
 
+@pytest.mark.slow
 def test_every_call_may_fail(
     arena: Arena, merged: tuple[dict[str, bytes], list[Call]], figures: Figures
 ) -> None:

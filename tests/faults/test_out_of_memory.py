@@ -75,7 +75,14 @@ def gradients(kind: str, limit: int | None, backward: bool) -> tuple[list[Room],
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "gemma2"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=[] if kind in ("llama3", "transnormer") else pytest.mark.slow)
+        for kind in KINDS
+        if kind != "gemma2"
+    ],
+)
 def test_the_step_is_done_again_with_the_same_gradient(kind: str, backward: bool) -> None:
     _, whole, loss = gradients(kind, None, backward)
     rooms, cut, again = gradients(kind, 40, backward)
@@ -139,6 +146,7 @@ class Dies(SilentReporter):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_a_run_remembers_what_fits_and_a_resume_starts_with_it(tmp_path: Path) -> None:
     fit(base(), tmp_path / "roomy")
     fit(base(40), tmp_path / "whole")
@@ -159,6 +167,7 @@ def test_a_run_remembers_what_fits_and_a_resume_starts_with_it(tmp_path: Path) -
     assert (state.tokens_that_fit, state.tokens_asked) == (found[-1]["max_tokens"], 4096)
 
 
+@pytest.mark.slow
 def test_another_max_tokens_is_tried_anew_by_a_resume(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         fit(base(40), tmp_path, reporter=Dies())
@@ -168,6 +177,7 @@ def test_another_max_tokens_is_tried_anew_by_a_resume(tmp_path: Path) -> None:
     assert state.step == 6
 
 
+@pytest.mark.slow
 def test_an_evaluation_halves_its_rows_too(tmp_path: Path) -> None:
     module = base()
     refused: list[int] = []
@@ -192,6 +202,7 @@ def test_an_evaluation_halves_its_rows_too(tmp_path: Path) -> None:
     assert cut > 0
 
 
+@pytest.mark.slow
 def test_layers_recompute_where_single_conversations_do_not_fit(tmp_path: Path) -> None:
     module = tiny_module("llama3", torch.float32, num_hidden_layers=8)
     watched = module.model.layers[3]

@@ -39,6 +39,7 @@ def faults_of_refusal(answer: dict[str, Any]) -> list[str]:
     return [] if told else [f"told as {kind}: {text}"]
 
 
+@pytest.mark.slow
 def test_two_of_three_calls_of_a_save_and_a_retention_may_fail(arena: Arena, figures: Figures) -> None:
     calls = save_and_retention(arena.calls)
     found = fail_at_each(arena, [n for n in calls if n % 3 != 1], first=0)

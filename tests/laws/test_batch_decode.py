@@ -38,7 +38,7 @@ def prompts(prefix: int, *, count: int = 7) -> list[Ints]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("prefix", [0, 1, 5, 40])
+@pytest.mark.parametrize("prefix", [0, 5, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 40))])
 @pytest.mark.parametrize("config", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_a_batch_is_its_rows_alone_however_it_is_read(kind: str, prefix: int, config: GenerateConfig) -> None:
     model, batch = speaking(kind), prompts(prefix)

@@ -17,12 +17,13 @@ from lorasmith.training.manifest import list_checkpoints
 from lorasmith.training.progress import SilentReporter
 
 VARIANTS = {"lora": {}, "dora": {"use_dora": True}, "pissa": {"init_lora_weights": "pissa"}}
+QUICK = ("llama3", "chatglm3", "transnormer")
 CELLS = [
     pytest.param(
         kind,
         lora,
         id=f"{name}-{kind}",
-        marks=[] if (name == "lora" and kind != "gemma2") or kind == "llama3" else pytest.mark.slow,
+        marks=[] if name == "lora" and kind in QUICK or kind == "llama3" else pytest.mark.slow,
     )
     for kind in KINDS
     for name, lora in VARIANTS.items()

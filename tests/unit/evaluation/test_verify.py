@@ -91,13 +91,15 @@ def test_it_holds_two_rows_and_two_sentences(trained: Path) -> None:
     assert set(tree["tokenizer"]) == {"tokenizer.json", "tokenizer_config.json"}  # type: ignore[call-overload]
 
 
-def test_private_rows_stay_out_and_a_resume_may_let_them_in(tmp_path: Path) -> None:
+def test_private_rows_stay_out_and_a_finished_run_keeps_what_it_said(tmp_path: Path) -> None:
     base = chat_model("llama3", tmp_path / "base")
     run = learn(base, tmp_path, golden_rows=0)
     assert "What is" not in (run / "golden.json").read_text()
     assert len(ls.verify(run).prompts) == 2
-    learn(base, tmp_path, golden_rows=1, resume=True)
-    assert len(ls.verify(run).prompts) == 3
+    learn(base, tmp_path, golden_rows=1, resume=True)  # another setting is no other run
+    assert len(ls.verify(run).prompts) == 2
+    (tmp_path / "other").mkdir()
+    assert len(ls.verify(learn(base, tmp_path / "other", golden_rows=1)).prompts) == 3
 
 
 @pytest.mark.parametrize("change", ["flipped", "zeroed"])

@@ -18,6 +18,7 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is
 ROOT = Path(__file__).resolve().parents[3]
 
 
+@pytest.mark.slow
 @needs_triton
 def test_every_twin_is_its_reference() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]

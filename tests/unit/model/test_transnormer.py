@@ -21,7 +21,7 @@ from lorasmith.model.load import empty_module, read_model_config
 from lorasmith.model.packed import packed, takes_layout
 from lorasmith.model.transnormer import TransNormerConfig, layer_decays
 from lorasmith.ops.attention import LAYOUT_ATTENTION
-from lorasmith.training.estimate import count_parameters
+from lorasmith.training.estimate import adapted_on_meta, count_parameters
 
 TARGETS = ("qkvu_proj", "out_proj", "l1", "l2", "l3")
 SIZES = {
@@ -76,7 +76,7 @@ def test_published_sizes(tmp_path: Path, size: str, parameters: int) -> None:
 
 def test_lora_of_the_tutorial_on_1b(tmp_path: Path) -> None:
     config = read_model_config(write_config(tmp_path, **SIZES["1B"]))
-    count = count_parameters(config, ls.LoraConfig(r=8), TARGETS)
+    count = count_parameters(adapted_on_meta(config, ls.LoraConfig(r=8), TARGETS))
     assert (count.trainable, count.total) == (4_784_128, 1_020_266_496 + 4_784_128)
 
 
