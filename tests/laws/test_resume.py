@@ -23,7 +23,7 @@ CELLS = [
         kind,
         lora,
         id=f"{name}-{kind}",
-        marks=[] if name == "lora" and kind in QUICK or kind == "llama3" else pytest.mark.slow,
+        marks=[] if (name == "lora" and kind in QUICK) or kind == "llama3" else pytest.mark.slow,
     )
     for kind in KINDS
     for name, lora in VARIANTS.items()
