@@ -184,7 +184,10 @@ def test_a_recipe_is_trained_killed_resumed_loaded_and_talked_to(
     flags = ["--prompt", "你是谁？", "--greedy", "--max-new-tokens", "8"]
     answer = CliRunner().invoke(app, ["chat", str(cut), *flags])
     assert answer.exit_code == 0, answer.output
-    assert answer.output.strip()
+    tuned, question = ls.load_model(str(cut)), [ls.Message("user", "你是谁？")]
+    said = ls.chat(tuned, question, generate=ls.GenerateConfig(greedy=True, max_new_tokens=8))
+    assert said.finish_reason == "stop" or said.num_completion_tokens == 8  # an end token may come first
+    assert answer.output.strip() == said.content.strip()
 
 
 def test_every_recipe_but_the_demo_is_trained_here() -> None:
