@@ -296,4 +296,4 @@ def test_a_real_allocator_that_fails(tmp_path: Path) -> None:
     assert events(tmp_path / "tight")
     for name, tensor in results[0].items():
         # AdamW divides a gradient by its own size, so rounding of a tiny one shows: a tenth of 2 updates.
-        torch.testing.assert_close(results[1][name], tensor, rtol=1e-2, atol=2e-5)
+        torch.testing.assert_close(results[1][name], tensor, rtol=1e-2, atol=2e-4)

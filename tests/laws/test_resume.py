@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import time
 
 import pytest
 from modules import KINDS, examples, save_tiny
@@ -159,37 +156,3 @@ def test_the_disk_s_refusal_names_file_and_reason(tmp_path):
         fit(save_tiny("llama3", tmp_path / "base"), tmp_path / "run", storage=Full())
     assert "MB free" in str(caught.value)
     assert "--resume" in str(caught.value)
-
-
-SCRIPT = """
-import sys, lorasmith as ls
-sys.path.insert(0, {tests!r})
-from modules import examples
-module = ls.load_module({base!r}, dtype="fp32")
-ls.train(module, examples(40), output_dir={run!r}, lora=ls.LoraConfig(r=4, lora_dropout=0.2), resume={resume},
-         train=ls.TrainConfig(num_epochs=12, batch_size=3, save_steps=2, logging_steps=1, learning_rate=1e-2))
-"""
-
-
-def start(base, run, *, resume):
-    tests = str(__import__("pathlib").Path(__file__).resolve().parents[1])
-    code = SCRIPT.format(tests=tests, base=str(base), run=str(run), resume=resume)
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-
-
-@pytest.mark.slow
-def test_sigkill_at_any_moment_loses_nothing(tmp_path):
-    base = save_tiny("llama3", tmp_path / "base")
-    assert start(base, tmp_path / "whole", resume=False).wait() == 0
-    for trial, seconds in enumerate((0.0, 0.15, 0.4)):
-        run = tmp_path / f"cut-{trial}"
-        process = start(base, run, resume=False)
-        deadline = time.monotonic() + 60
-        while len(list_checkpoints(run)) < 2 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(seconds)
-        process.kill()
-        process.wait()
-        assert not (run / "adapter_model.safetensors").exists(), "the kill came too late to prove anything"
-        assert start(base, run, resume=True).wait() == 0
-        assert result(run)[0] == result(tmp_path / "whole")[0]

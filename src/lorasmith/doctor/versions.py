@@ -27,7 +27,7 @@ class Requirement:
 REQUIREMENTS = (
     # CVE-2026-24747: torch.load(weights_only=True) of a crafted .bin corrupts memory before 2.10.0.
     # CVE-2025-32434: it runs code before 2.6.0. Safetensors are not affected.
-    Requirement("torch", "2.9", "2.14", "2.10.0", "CVE-2026-24747"),
+    Requirement("torch", "2.10", "2.14", "2.10.0", "CVE-2026-24747"),
     # CVE-2026-4372: config.json names code that from_pretrained runs, before 5.3.0; CVE-2026-5241 in 5.2.0.
     Requirement("transformers", "5.3", "6", "5.3.0", "CVE-2026-4372"),
     Requirement("peft", "0.21", "0.22"),
@@ -35,7 +35,7 @@ REQUIREMENTS = (
     Requirement("safetensors", "0.8"),
     Requirement("tokenizers", "0.22"),
     # CVE-2026-1260: a crafted tokenizer.model corrupts memory before 0.2.1.
-    Requirement("sentencepiece", "0.2", "0.3", "0.2.1", "CVE-2026-1260"),
+    Requirement("sentencepiece", "0.2.1", "0.3", "0.2.1", "CVE-2026-1260"),
     Requirement("huggingface_hub", "1.3"),
     # CVE-2025-27516: a chat template breaks out of the sandbox before 3.1.6.
     Requirement("jinja2", "3.1.6", None, "3.1.6", "CVE-2025-27516"),
