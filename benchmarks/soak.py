@@ -100,9 +100,8 @@ def main() -> None:
     asked.out.write_text(json.dumps(told, indent=1) + "\n")
     draw(seen, asked.out.with_suffix(".png"))
     for at in (seen[0], seen[len(seen) // 2], seen[-1]):
-        print(
-            f"step {at['step']:5.0f}  {at['memory_mb']:7.1f} MB  {at['files']:3.0f} files  {at['threads']:3.0f} threads"
-        )
+        told = f"{at['memory_mb']:7.1f} MB  {at['files']:3.0f} files  {at['threads']:3.0f} threads"
+        print(f"step {at['step']:5.0f}  {told}")
 
 
 if __name__ == "__main__":
