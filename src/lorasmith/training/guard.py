@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from lorasmith.errors import DivergedError
-from lorasmith.model.packed import PackedModule, to_device
+from lorasmith.model.packed import PackedModule
 from lorasmith.training.manifest import RECENT
 from lorasmith.training.source import Alone
 from lorasmith.types import Batch
@@ -62,7 +62,7 @@ def losses_alone(rows: PackedModule, alone: Alone) -> list[RowLoss]:
     """The loss of each conversation by itself, without dropout, the highest first; those not finite lead."""
     with _evaluating(rows.module), torch.no_grad():
         losses = [
-            RowLoss(origin, rows.loss_sum(to_device(batch, rows.device)).item() / batch.num_targets)
+            RowLoss(origin, rows.loss_sum(rows.to_device(batch)).item() / batch.num_targets)
             for origin, batch in alone
         ]
     return sorted(losses, key=lambda row: (not math.isfinite(row.loss), row.loss), reverse=True)
@@ -124,7 +124,7 @@ def _lora_layers(model: nn.Module) -> list[LoraLayer]:
 def _finite_gradient(rows: PackedModule, batch: Batch, parameters: Sequence[nn.Parameter]) -> bool:
     for parameter in parameters:
         parameter.grad = None
-    (rows.loss_sum(to_device(batch, rows.device)) / batch.num_targets).backward()
+    (rows.loss_sum(rows.to_device(batch)) / batch.num_targets).backward()
     finite = all(bool(p.grad.isfinite().all()) for p in parameters if p.grad is not None)
     for parameter in parameters:
         parameter.grad = None

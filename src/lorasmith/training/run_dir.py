@@ -14,6 +14,7 @@ from lorasmith.hub.adapter_dir import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     CHAT_FORMAT_FILE,
+    GOLDEN_FILE,
     ChatSettings,
     is_adapter_dir,
 )
@@ -42,6 +43,7 @@ _OUR_FILES = (
     LOSS_PICTURE,
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    GOLDEN_FILE,
 )
 
 
