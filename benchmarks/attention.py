@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from lorasmith.ops.alibi import alibi_slopes
-from lorasmith.ops.attention import layout_attention, layout_index, visible
-from lorasmith.ops.cuda_attention import flex
-from lorasmith.ops.decay_attention import decay_attention
+from lorasmith.attention.alibi import alibi_slopes
+from lorasmith.attention.cuda import flex
+from lorasmith.attention.decay import decay_attention
+from lorasmith.attention.layout import layout_attention, layout_index, visible
 from lorasmith.types import Layout
 
 FLOPS_PER_TOKEN = 28e6

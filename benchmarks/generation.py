@@ -30,7 +30,7 @@ from lorasmith.families.base import Family
 from lorasmith.infer.decode import decode
 from lorasmith.model.model import Model
 from lorasmith.text.template import ChatFormat
-from lorasmith.text.tokenizer import Tokenizer
+from lorasmith.tokenization.tokenizer import Tokenizer
 from lorasmith.types import Ints
 
 VOCAB_SIZE, SHARED_TOKENS, PAD_ID = 32_000, 20, 0

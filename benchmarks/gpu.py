@@ -36,10 +36,10 @@ from transformers import (
     TrainingArguments,
 )
 
+from lorasmith.adapters.dropout import DropoutClock
+from lorasmith.adapters.lora import attach_lora
+from lorasmith.batching.loader import Loader
 from lorasmith.config import LoraConfig
-from lorasmith.data.loader import Loader
-from lorasmith.model.adapter import attach_lora
-from lorasmith.model.dropout import DropoutClock
 from lorasmith.model.packed import packed
 from lorasmith.testing.texts import random_examples
 from lorasmith.training.step import train_step

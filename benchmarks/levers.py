@@ -23,12 +23,12 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lorasmith.adapters.dropout import DropoutClock
+from lorasmith.adapters.lora import attach_lora
+from lorasmith.attention.layout import LayoutIndex, visible
+from lorasmith.batching.loader import Loader
 from lorasmith.config import LoraConfig
-from lorasmith.data.loader import Loader
-from lorasmith.model.adapter import attach_lora
-from lorasmith.model.dropout import DropoutClock
 from lorasmith.model.packed import PackedModule, packed
-from lorasmith.ops.attention import LayoutIndex, visible
 from lorasmith.training.step import accumulate_gradients
 from lorasmith.types import IGNORE_INDEX, Example, Layout
 
@@ -84,10 +84,10 @@ def whole_logits() -> Iterator[None]:
 LEVERS: dict[str, Off] = {
     "all levers on": nullcontext,
     "tiles of segments (a dense mask instead)": partial(
-        patch, "lorasmith.ops.attention.layout_attention", dense_attention
+        patch, "lorasmith.attention.layout.layout_attention", dense_attention
     ),
     "fused LoRA linear (peft's own instead)": partial(
-        patch, "lorasmith.model.lora_linear.LoraLinear._is_plain", lambda self, x: False
+        patch, "lorasmith.adapters.lora_linear.LoraLinear._is_plain", lambda self, x: False
     ),
     "oneDNN's matrix products where MKL is slow": partial(
         patch, "lorasmith.ops.gemm._mkl_is_slow", lambda: False

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorasmith as ls
-from lorasmith.training.progress import SilentReporter
+from lorasmith.runs.progress import SilentReporter
 from lorasmith.types import Example
 
 EVERY = 50

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import lorasmith as ls
 from lorasmith.api import load_chat_format
-from lorasmith.model.native import register_native
+from lorasmith.native.registry import register_native
 
 SYSTEM = "现在你要扮演皇帝身边的女人--甄嬛"
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.families import find_family
-from lorasmith.text.fast import FastTokenizer
 from lorasmith.text.loading import load_tokenizer
+from lorasmith.tokenization.fast import FastTokenizer
 
 STRINGS = (
     "Hello, world!",

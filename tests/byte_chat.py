@@ -13,9 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from lorasmith.config import ModelConfig
 from lorasmith.families.base import Family
 from lorasmith.model.model import Model
-from lorasmith.model.transnormer import TransNormerConfig, TransNormerForCausalLM
+from lorasmith.native.transnormer import TransNormerConfig, TransNormerForCausalLM
 from lorasmith.text.template import ChatFormat
-from lorasmith.text.tokenizer import Tokenizer
+from lorasmith.tokenization.tokenizer import Tokenizer
 from lorasmith.types import Message, Piece
 
 SPECIAL_TOKENS = {"<system>": 256, "<user>": 257, "<assistant>": 258, "<end>": 259, "<eos>": 260}

@@ -15,10 +15,10 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from lorasmith.model.baichuan2 import Baichuan2Config, Baichuan2ForCausalLM
-from lorasmith.model.chatglm3 import ChatGLM3Config, ChatGLM3ForCausalLM
-from lorasmith.model.native import register_native
-from lorasmith.model.transnormer import TransNormerConfig, TransNormerForCausalLM
+from lorasmith.native.baichuan2 import Baichuan2Config, Baichuan2ForCausalLM
+from lorasmith.native.chatglm3 import ChatGLM3Config, ChatGLM3ForCausalLM
+from lorasmith.native.registry import register_native
+from lorasmith.native.transnormer import TransNormerConfig, TransNormerForCausalLM
 from lorasmith.testing.texts import random_examples
 from lorasmith.types import Example
 

@@ -71,7 +71,7 @@ def read_job() -> Job:
 def load_model(job: Job) -> PreTrainedModel:
     """The way the tutorials load it, less remote code."""
     if job.own_classes:
-        from lorasmith.model.native import register_native
+        from lorasmith.native.registry import register_native
 
         register_native()
     return AutoModelForCausalLM.from_pretrained(job.model, dtype=job.torch_dtype)

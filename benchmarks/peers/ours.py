@@ -9,8 +9,8 @@ import numpy as np
 from measure import Job, Meter, read_job
 
 import lorasmith as ls
-from lorasmith.data.loader import training_loader
-from lorasmith.training.progress import SilentReporter
+from lorasmith.batching.loader import training_loader
+from lorasmith.runs.progress import SilentReporter
 from lorasmith.types import Example
 
 

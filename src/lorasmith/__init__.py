@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     )
     from lorasmith.errors import LorasmithError
     from lorasmith.handover import convert_adapter, merge
+    from lorasmith.memory.estimate import Plan
     from lorasmith.model.model import Model
     from lorasmith.recipe import plan
-    from lorasmith.training.estimate import Plan
     from lorasmith.types import Batch, Completion, Conversation, Example, Layout, Message, Piece
 
 _HOME = {
@@ -53,7 +53,7 @@ _HOME = {
     "lorasmith.handover": "convert_adapter merge",
     "lorasmith.model.model": "Model",
     "lorasmith.recipe": "plan",
-    "lorasmith.training.estimate": "Plan",
+    "lorasmith.memory.estimate": "Plan",
     "lorasmith.types": "Batch Completion Conversation Example Layout Message Piece",
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}

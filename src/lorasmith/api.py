@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from lorasmith.evaluation.verification import Verification
     from lorasmith.hub.adapter_dir import ChatSettings
     from lorasmith.model.model import Model
+    from lorasmith.runs.progress import Reporter
     from lorasmith.storage import Storage
     from lorasmith.text.template import ChatFormat
-    from lorasmith.training.progress import Reporter
     from lorasmith.training.session import Outcome, Session
 
 Resume: TypeAlias = bool | Literal["prove"]
@@ -95,8 +95,8 @@ def load_module(
 
     Raises: FamilyError, SetupError if the directory is not a whole model of a family that runs here.
     """
+    from lorasmith.adapters.lora import load_adapter
     from lorasmith.families.opening import open_family
-    from lorasmith.model.adapter import load_adapter
     from lorasmith.model.dtype import resolve_device, resolve_dtype
     from lorasmith.model.load import hidden_size, load_base
     from lorasmith.model.plugin_classes import family_config
@@ -137,7 +137,7 @@ def load_model(
     found, written = open_chat(directory, config.family, config.chat_format)
 
     from lorasmith.model.model import Model  # torch, only now that the directory is known to be a model's
-    from lorasmith.training.run_dir import adapter_asked
+    from lorasmith.runs.run_dir import adapter_asked
 
     adapter = adapter_asked(Path(path_or_repo), adapter, checkpoint)
     module = load_module(str(directory), family=found.name, dtype=dtype, device=device, adapter=adapter)
@@ -184,15 +184,15 @@ def train(
     this model cannot take; MemoryLimitError; DivergedError; NotReproducedError; StorageError; Interrupted (a
     KeyboardInterrupt too) by SIGINT, SIGTERM or SIGUSR1, with a checkpoint to resume from.
     """
+    from lorasmith.batching.loader import held_out_loader
     from lorasmith.data.dataset import Dataset
-    from lorasmith.data.loader import held_out_loader
     from lorasmith.evaluation.golden import base_fingerprint, keep_golden
     from lorasmith.evaluation.loss import mean_loss
     from lorasmith.model.model import Model
     from lorasmith.model.packed import takes_layout
+    from lorasmith.runs.lock import run_lock
+    from lorasmith.runs.progress import default_reporter
     from lorasmith.storage import Storage
-    from lorasmith.training.lock import run_lock
-    from lorasmith.training.progress import default_reporter
     from lorasmith.training.prove import prove
 
     require_resumable(Path(output_dir), resume, allow_changes)
@@ -237,7 +237,7 @@ def generate(
 
 def evaluate(model: Model, data: Dataset | Sequence[Example], *, max_tokens: int = 4096) -> Evaluation:
     """Loss and perplexity over rows: a data set's held-out rows where it has some, else all of them."""
-    from lorasmith.data.loader import evaluation_loader
+    from lorasmith.batching.loader import evaluation_loader
     from lorasmith.evaluation.loss import held_out_loss
     from lorasmith.model.packed import takes_layout
 
@@ -279,8 +279,8 @@ def _ended(session: Session, model: Model | PreTrainedModel, outcome: Outcome) -
 def require_resumable(run_dir: Path, resume: Resume, allow_changes: Sequence[str]) -> None:
     """A first look, before anything is read or made. Raises: CheckpointError without a run to resume;
     ConfigError for changes that cannot be allowed."""
-    from lorasmith.training.run_dir import require_run
-    from lorasmith.training.same_run import require_known
+    from lorasmith.runs.run_dir import require_run
+    from lorasmith.runs.same_run import require_known
 
     require_known(allow_changes)
     if allow_changes and not resume:
@@ -299,12 +299,12 @@ def _session(
     storage: Storage,
 ) -> tuple[Session, Sequence[Example]]:
     """The run, checked, and its held-out rows."""
-    from lorasmith.data.columns import largest_id
+    from lorasmith.batching.columns import largest_id
+    from lorasmith.batching.loader import training_loader
     from lorasmith.data.dataset import Dataset, fingerprint, row_hashes
-    from lorasmith.data.loader import training_loader
     from lorasmith.model.model import Model
     from lorasmith.model.packed import takes_layout
-    from lorasmith.training.same_run import RowHashes
+    from lorasmith.runs.same_run import RowHashes
     from lorasmith.training.session import Session
 
     examples, held_out = _examples_of(data)
@@ -330,7 +330,7 @@ def _session(
 
 def _examples_of(data: Dataset | Sequence[Example]) -> tuple[Sequence[Example], Sequence[Example]]:
     """Training and held-out examples. Raises: DataError if there is nothing to train on."""
-    from lorasmith.data.columns import target_counts_of
+    from lorasmith.batching.columns import target_counts_of
     from lorasmith.data.dataset import Dataset
 
     examples, held_out = (data.examples, data.held_out) if isinstance(data, Dataset) else (data, ())

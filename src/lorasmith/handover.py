@@ -14,9 +14,9 @@ from lorasmith.hub.adapter_dir import ChatSettings, is_adapter_dir, read_chat_se
 from lorasmith.hub.download import resolve
 from lorasmith.model.dtype import DTYPES
 from lorasmith.model.load import read_model_config
+from lorasmith.runs.run_dir import adapter_of
 from lorasmith.storage import Storage
 from lorasmith.text.template import ChatFormat
-from lorasmith.training.run_dir import adapter_of
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 

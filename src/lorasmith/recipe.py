@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from lorasmith.data.dataset import Dataset
     from lorasmith.families.base import Family
-    from lorasmith.training.estimate import Plan
-    from lorasmith.training.progress import Reporter
+    from lorasmith.memory.estimate import Plan
+    from lorasmith.runs.progress import Reporter
 
 
 def run(
@@ -35,7 +35,7 @@ def run(
 
     `on_data` is told the data set before the weights are read: the command line prints its report.
     """
-    from lorasmith.training.lock import refuse_if_locked
+    from lorasmith.runs.lock import refuse_if_locked
 
     run_dir, proving = Path(config.train.output_dir), resume == "prove"
     if config.train.output_dir:
@@ -63,14 +63,14 @@ def run(
 
 def plan(config: RunConfig) -> Plan:
     """What `run` would do and need: reads the data, config.json and the tokenizer, never the weights."""
-    from lorasmith.data.loader import training_loader
+    from lorasmith.batching.loader import training_loader
+    from lorasmith.memory.estimate import Plan, count_parameters, layers_asked, needed_memory
+    from lorasmith.memory.limits import free_memory
     from lorasmith.model.checkpointing import decoder_layers
     from lorasmith.model.dtype import DTYPE_NAMES, resolve_device, resolve_dtype
     from lorasmith.model.load import hidden_size
     from lorasmith.model.packed import takes_layout
-    from lorasmith.training.estimate import Plan, count_parameters, layers_asked, needed_memory
     from lorasmith.training.loop import total_steps
-    from lorasmith.training.memory import free_memory
 
     prepared = _prepare(config, rejects_path=None)
     model = _adapted_on_meta(prepared, config.lora)
@@ -121,8 +121,8 @@ def _prepare(config: RunConfig, *, rejects_path: Path | None) -> _Prepared:
 
 
 def _adapted_on_meta(prepared: _Prepared, lora: LoraConfig) -> peft.PeftModel:
+    from lorasmith.memory.estimate import adapted_on_meta
     from lorasmith.model.plugin_classes import family_config
-    from lorasmith.training.estimate import adapted_on_meta
 
     model_config = family_config(prepared.directory, prepared.family)
     return adapted_on_meta(model_config, lora, prepared.family.target_modules)

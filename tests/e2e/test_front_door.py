@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 import lorasmith as ls
 from lorasmith.cli.main import app
 from lorasmith.errors import CheckpointError, ConfigError, DataError, MemoryLimitError, SetupError
-from lorasmith.training.manifest import list_checkpoints
-from lorasmith.training.progress import SilentReporter
+from lorasmith.runs.manifest import list_checkpoints
+from lorasmith.runs.progress import SilentReporter
 
 GREEDY = ls.GenerateConfig(greedy=True, max_new_tokens=12)
 ASK = [ls.Message("user", "What is 3 and 3?")]

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lorasmith as ls
-from lorasmith.training.manifest import list_checkpoints
+from lorasmith.runs.manifest import list_checkpoints
 
 pytestmark = pytest.mark.slow
 

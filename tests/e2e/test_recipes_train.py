@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 import lorasmith as ls
 from lorasmith.cli.main import app
 from lorasmith.model.load import read_model_config
-from lorasmith.training.manifest import list_checkpoints
+from lorasmith.runs.manifest import list_checkpoints
 
 pytestmark = pytest.mark.slow
 

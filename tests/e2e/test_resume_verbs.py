@@ -11,10 +11,10 @@ import pytest
 from chat_models import alpaca_rows, chat_model
 
 from lorasmith.cli import main as cli
+from lorasmith.runs.lock import run_lock
+from lorasmith.runs.manifest import list_checkpoints
+from lorasmith.runs.progress import SilentReporter
 from lorasmith.storage import Storage
-from lorasmith.training.lock import run_lock
-from lorasmith.training.manifest import list_checkpoints
-from lorasmith.training.progress import SilentReporter
 
 SETTINGS = {
     "max_steps": 6,

@@ -16,9 +16,9 @@ from disk_faults import Call
 from fork_server import ForkServer
 
 from lorasmith.hub.adapter_dir import ADAPTER_WEIGHTS
-from lorasmith.training.manifest import damage, list_checkpoints, newest_checkpoint
-from lorasmith.training.metrics import read_metrics
-from lorasmith.training.run_dir import is_run_dir
+from lorasmith.runs.manifest import damage, list_checkpoints, newest_checkpoint
+from lorasmith.runs.metrics import read_metrics
+from lorasmith.runs.run_dir import is_run_dir
 
 _HIDDEN = (".tmp-", ".trash-")
 

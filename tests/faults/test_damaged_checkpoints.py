@@ -13,8 +13,8 @@ from arena import Arena
 from modules import tiny_module
 
 from lorasmith.errors import CheckpointError
+from lorasmith.runs.manifest import damage, list_checkpoints, newest_checkpoint
 from lorasmith.training.checkpoint import restore
-from lorasmith.training.manifest import damage, list_checkpoints, newest_checkpoint
 
 FILES = (
     "MANIFEST.json",

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 import lorasmith as ls
 from lorasmith.errors import DivergedError
-from lorasmith.training.manifest import list_checkpoints, read_state
-from lorasmith.training.progress import SilentReporter
+from lorasmith.runs.manifest import list_checkpoints, read_state
+from lorasmith.runs.progress import SilentReporter
 from lorasmith.types import Example
 
 POISON = VOCAB - 1

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import pytest
 from arena import Arena, calls_about, distinct_kills, durable_after, faults_at_rest, save_and_retention
 
-from lorasmith.training.run_dir import is_run_dir
+from lorasmith.runs.run_dir import is_run_dir
 
 Figures = Callable[..., None]
 

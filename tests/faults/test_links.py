@@ -9,9 +9,9 @@ import pytest
 from lorasmith.errors import LorasmithError, SetupError
 from lorasmith.exporting.staging import staged
 from lorasmith.hub.links import refuse_links
+from lorasmith.runs.progress import SilentReporter
+from lorasmith.runs.run_dir import open_run_dir
 from lorasmith.storage import Storage
-from lorasmith.training.progress import SilentReporter
-from lorasmith.training.run_dir import open_run_dir
 
 NAMES = [
     "config.yaml",

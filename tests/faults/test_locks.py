@@ -15,17 +15,17 @@ import pytest
 from arena import Arena
 
 from lorasmith.errors import ConfigError, SetupError, StorageError
+from lorasmith.runs.lock import LOCK_FILE, run_lock
+from lorasmith.runs.progress import SilentReporter
+from lorasmith.runs.run_dir import adapter_of
 from lorasmith.storage import Disk, Storage
-from lorasmith.training.lock import LOCK_FILE, run_lock
-from lorasmith.training.progress import SilentReporter
-from lorasmith.training.run_dir import adapter_of
 
 OWNER = """
 import sys
 from pathlib import Path
 from lorasmith.storage import Storage
-from lorasmith.training.lock import run_lock
-from lorasmith.training.progress import SilentReporter
+from lorasmith.runs.lock import run_lock
+from lorasmith.runs.progress import SilentReporter
 with run_lock(Storage(), Path(sys.argv[1]), SilentReporter()):
     print("held", flush=True)
     sys.stdin.read()

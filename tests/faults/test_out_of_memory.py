@@ -14,18 +14,18 @@ from modules import KINDS, VOCAB, examples, tiny_module
 from safetensors.torch import load_file
 
 import lorasmith as ls
+from lorasmith.adapters.dropout import DropoutClock
+from lorasmith.adapters.lora import attach_lora, trainable_parameters
+from lorasmith.batching.loader import training_loader
 from lorasmith.config import TrainConfig
-from lorasmith.data.loader import training_loader
 from lorasmith.errors import MemoryLimitError
 from lorasmith.evaluation.loss import mean_loss
-from lorasmith.model.adapter import attach_lora, trainable_parameters
+from lorasmith.memory.fitting import Fitting, Room, smaller
 from lorasmith.model.checkpointing import activation_checkpointing
-from lorasmith.model.dropout import DropoutClock
 from lorasmith.model.packed import packed
+from lorasmith.runs.manifest import list_checkpoints, read_state
+from lorasmith.runs.progress import SilentReporter
 from lorasmith.testing.texts import random_examples
-from lorasmith.training.fitting import Fitting, Room, smaller
-from lorasmith.training.manifest import list_checkpoints, read_state
-from lorasmith.training.progress import SilentReporter
 from lorasmith.training.step import step_gradients
 
 ROWS = examples(24, longest=20)

@@ -17,10 +17,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lorasmith.data.conversation import RowRules, to_conversation
-from lorasmith.data.records import BadRow, Record, read_records
-from lorasmith.data.source import Limits
 from lorasmith.errors import DataError
+from lorasmith.rows.conversation import RowRules, to_conversation
+from lorasmith.rows.records import BadRow, Record, read_records
+from lorasmith.rows.source import Limits
 from lorasmith.types import Conversation
 
 GOOD = '{"instruction": "你是谁？", "input": "", "output": "甄嬛。"}'
@@ -324,7 +324,7 @@ def test_a_gigabyte_in_one_row_needs_little_memory(tmp_path: Path, layout: str) 
         import resource
         resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
         from pathlib import Path
-        from lorasmith.data.records import read_records
+        from lorasmith.rows.records import read_records
         from lorasmith.errors import DataError
         try:
             print([row.rule for row in read_records(Path({str(path)!r}))])

@@ -18,9 +18,9 @@ from modules import examples, save_tiny
 import lorasmith as ls
 from lorasmith.data.dataset import Dataset
 from lorasmith.errors import Interrupted, Preempted, Terminated
+from lorasmith.runs.manifest import list_checkpoints, newest_checkpoint, read_state
+from lorasmith.runs.progress import SilentReporter
 from lorasmith.storage import Storage
-from lorasmith.training.manifest import list_checkpoints, newest_checkpoint, read_state
-from lorasmith.training.progress import SilentReporter
 from lorasmith.training.signals import stop_requests
 
 SIGNALS = {

@@ -19,9 +19,10 @@ from modules import examples
 
 import lorasmith as ls
 import lorasmith.training.loop as loop
+from lorasmith.runs import lock, manifest
+from lorasmith.runs.progress import SilentReporter
 from lorasmith.storage import Storage
-from lorasmith.training import checkpoint, lock, manifest
-from lorasmith.training.progress import SilentReporter
+from lorasmith.training import checkpoint
 
 STEPS = 4
 SAVE_STEPS = 2

@@ -10,7 +10,7 @@ from modules import KINDS, examples, save_tiny, tiny_module, two_targets
 from transformers import AutoModelForCausalLM
 
 import lorasmith as ls
-from lorasmith.model.adapter import adapter_files
+from lorasmith.adapters.lora import adapter_files
 from lorasmith.model.packed import base_module
 
 VARIANTS = {

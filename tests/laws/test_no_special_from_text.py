@@ -11,7 +11,7 @@ from chat_texts import FORMATS, REAL, make_format, real_format
 from lorasmith.testing import LawBroken
 from lorasmith.testing.chat_laws import no_special_from_joined_text, no_special_from_text
 from lorasmith.text.loading import load_tokenizer
-from lorasmith.text.sentencepiece_model import SpecialPieces
+from lorasmith.tokenization.sentencepiece_model import SpecialPieces
 
 ROWS = 2000
 

@@ -15,12 +15,12 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 import lorasmith as ls
-from lorasmith.data.pack import pack
+from lorasmith.batching.pack import pack
 from lorasmith.evaluation.loss import held_out_loss
 from lorasmith.model.packed import packed, padded, takes_layout, to_device
+from lorasmith.runs.progress import SilentReporter
 from lorasmith.testing import model_laws
 from lorasmith.testing.model_laws import packed_loss, plain_loss, step_rows
-from lorasmith.training.progress import SilentReporter
 from lorasmith.types import Example
 
 

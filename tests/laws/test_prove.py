@@ -11,8 +11,8 @@ from modules import examples, save_tiny
 
 import lorasmith as ls
 from lorasmith.errors import CheckpointError, NotReproducedError
-from lorasmith.training.manifest import list_checkpoints
-from lorasmith.training.progress import SilentReporter
+from lorasmith.runs.manifest import list_checkpoints
+from lorasmith.runs.progress import SilentReporter
 
 TRAIN = {
     "num_epochs": 2,

@@ -9,9 +9,9 @@ from modules import KINDS, examples, save_tiny
 
 import lorasmith as ls
 from lorasmith.errors import CheckpointError, DivergedError, SetupError, StorageError
+from lorasmith.runs.manifest import list_checkpoints
+from lorasmith.runs.progress import SilentReporter
 from lorasmith.storage import Storage
-from lorasmith.training.manifest import list_checkpoints
-from lorasmith.training.progress import SilentReporter
 
 VARIANTS = {"lora": {}, "dora": {"use_dora": True}, "pissa": {"init_lora_weights": "pissa"}}
 QUICK = ("llama3", "chatglm3", "transnormer")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import lorasmith as ls
 from lorasmith.model.packed import base_module
-from lorasmith.training.progress import SilentReporter
+from lorasmith.runs.progress import SilentReporter
 
 CASES = (
     *("baichuan2_7b_a", "baichuan2_7b_b", "baichuan2_13b_alibi", "chatglm3_a", "chatglm3_b"),

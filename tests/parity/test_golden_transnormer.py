@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lorasmith as ls
-from lorasmith.training.progress import SilentReporter
+from lorasmith.runs.progress import SilentReporter
 
 CASES = ("transnormer_1b", "transnormer_7b")
 FP32, WITH_LORA, TRAINED = 2e-4, 4e-4, 2e-5

@@ -12,9 +12,9 @@ from chat_texts import REAL, real_directory
 from lorasmith.families import checked_tokenizer, find_family
 from lorasmith.families.opening import open_chat
 from lorasmith.text.loading import load_tokenizer
-from lorasmith.text.sentencepiece_model import SentencePieceTokenizer
 from lorasmith.text.template import ChatFormat
-from lorasmith.text.tokenizer import Tokenizer
+from lorasmith.tokenization.sentencepiece_model import SentencePieceTokenizer
+from lorasmith.tokenization.tokenizer import Tokenizer
 from lorasmith.types import Conversation, Message
 
 NAMES_OF_DATA = {

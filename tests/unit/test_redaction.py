@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from lorasmith.config import DataConfig, RunConfig, to_yaml
 from lorasmith.errors import DataError, SetupError
 from lorasmith.redaction import MASK, tree_without_secrets, without_secrets
+from lorasmith.runs.metrics import MetricsLog
+from lorasmith.runs.progress import PlainReporter
 from lorasmith.storage import Storage
-from lorasmith.training.metrics import MetricsLog
-from lorasmith.training.progress import PlainReporter
 
 WORD = st.text(string.ascii_letters + string.digits, min_size=24, max_size=40)
 FORMS = {

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorasmith.data.strict_json import parse_line
 from lorasmith.errors import DataError, SetupError
+from lorasmith.rows.strict_json import parse_line
 from lorasmith.types import Completion, Conversation, Message
 
 _MOST_TOLD = 10

@@ -15,7 +15,7 @@ from lorasmith.errors import ConfigError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from lorasmith.training.runs import RunSummary
+    from lorasmith.runs.listing import RunSummary
 
 _DEFAULT = Path("runs")
 _STYLES = {"running": "green", "finished": "bold", "stopped": "yellow", "damaged": "red"}
@@ -32,7 +32,7 @@ def runs(
     json_: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
 ) -> None:
     """List runs: state, step, losses, and which checkpoints verify."""
-    from lorasmith.training.runs import find_runs, summarize
+    from lorasmith.runs.listing import find_runs, summarize
 
     for directory in directories or ():
         if not directory.is_dir():

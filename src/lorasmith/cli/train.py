@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lorasmith.api import Resume, Run
     from lorasmith.config import RunConfig
     from lorasmith.data.dataset import Dataset
-    from lorasmith.training.estimate import Plan
+    from lorasmith.memory.estimate import Plan
 
 _NEWEST = "newest"
 ResumeFlag: TypeAlias = Annotated[
@@ -78,7 +78,7 @@ def train(
         return
     asked: dict[str, Any] = {"resume": how, "allow_changes": allow_change or []}
     if json_:
-        from lorasmith.training.progress import EventReporter
+        from lorasmith.runs.progress import EventReporter
 
         with stops_told():
             run = run_recipe(recipe, reporter=EventReporter(), **asked)

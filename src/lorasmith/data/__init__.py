@@ -1,1 +1,1 @@
-"""Records -> Conversation -> Example -> Plan -> Batch. Never: torch, families, model."""
+"""A data source -> checked, encoded examples. Never: torch, families, model."""

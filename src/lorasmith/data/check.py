@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from lorasmith.data.columns import Examples
-from lorasmith.data.findings import Findings
-from lorasmith.data.records import BadRow, head
+from lorasmith.batching.columns import Examples
+from lorasmith.rows.findings import Findings
+from lorasmith.rows.records import BadRow, head
 from lorasmith.types import Ints
 
 _BARS = 16

@@ -14,15 +14,15 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
+from lorasmith.batching.columns import Conversations, Examples, blocks_of, offsets_of, spread
 from lorasmith.config import DataConfig
 from lorasmith.data.check import DataReport
-from lorasmith.data.columns import Conversations, Examples, blocks_of, offsets_of, spread
 from lorasmith.data.encode import EncodeResult, fit_length
-from lorasmith.data.findings import prompt_of
-from lorasmith.data.records import bad_rows_error
 from lorasmith.data.survey import Survey, survey
 from lorasmith.errors import DataError, StorageError
 from lorasmith.hub.links import refuse_links
+from lorasmith.rows.findings import prompt_of
+from lorasmith.rows.records import bad_rows_error
 from lorasmith.text.template import ChatFormat
 from lorasmith.types import Conversation, Example, Ints, Message
 

@@ -8,9 +8,9 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from lorasmith.data.columns import Examples, FlatRows, GrowingColumns
-from lorasmith.data.records import BadRow, bad_rows_error
+from lorasmith.batching.columns import Examples, FlatRows, GrowingColumns
 from lorasmith.errors import DataError
+from lorasmith.rows.records import BadRow, bad_rows_error
 from lorasmith.text.template import ChatFormat
 from lorasmith.types import Conversation, Example, Ints
 

@@ -11,11 +11,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from lorasmith.batching.columns import Conversations, Examples, FlatRows, GrowingColumns, conversation_columns
 from lorasmith.config import DataConfig
 from lorasmith.data.cache import Cache, entry_key, user_cache
 from lorasmith.data.check import DataReport, describe, over_length_rows, token_stats
-from lorasmith.data.columns import Conversations, Examples, FlatRows, GrowingColumns, conversation_columns
-from lorasmith.data.conversation import (
+from lorasmith.data.encode import CHUNK
+from lorasmith.data.workers import encode_chunks
+from lorasmith.errors import ConfigError, SetupError
+from lorasmith.rows.conversation import (
     TYPO,
     Detection,
     RowRules,
@@ -24,12 +27,9 @@ from lorasmith.data.conversation import (
     to_conversation,
     unread_columns,
 )
-from lorasmith.data.encode import CHUNK
-from lorasmith.data.findings import Finder, Findings
-from lorasmith.data.records import KINDS, BadRow, Record, Row, read_records, table_rows
-from lorasmith.data.source import DEFAULT_LIMITS
-from lorasmith.data.workers import encode_chunks
-from lorasmith.errors import ConfigError, SetupError
+from lorasmith.rows.findings import Finder, Findings
+from lorasmith.rows.records import KINDS, BadRow, Record, Row, read_records, table_rows
+from lorasmith.rows.source import DEFAULT_LIMITS
 from lorasmith.text.template import ChatFormat
 from lorasmith.types import Conversation
 

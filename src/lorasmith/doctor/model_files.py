@@ -21,8 +21,8 @@ from lorasmith.hub.adapter_dir import ADAPTER_CONFIG, ADAPTER_WEIGHTS, GOLDEN_FI
 from lorasmith.hub.files import read_json, read_json_if_there
 from lorasmith.model.load import CODE_KEYS
 from lorasmith.model.plugin_classes import family_config
-from lorasmith.training.manifest import newest_checkpoint
-from lorasmith.training.run_dir import adapter_of
+from lorasmith.runs.manifest import newest_checkpoint
+from lorasmith.runs.run_dir import adapter_of
 
 _AGAIN = "`lorasmith download` fetches what is missing; a directory of your own: copy it again"
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")

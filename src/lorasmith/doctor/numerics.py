@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 
+from lorasmith.adapters.dropout import DropoutClock
+from lorasmith.adapters.lora import attach_lora
 from lorasmith.config import LoraConfig
 from lorasmith.doctor.check import Check
 from lorasmith.families.opening import open_family
-from lorasmith.model.adapter import attach_lora
 from lorasmith.model.checkpointing import activation_checkpointing
-from lorasmith.model.dropout import DropoutClock
 from lorasmith.model.dtype import DTYPE_NAMES, resolve_device, resolve_dtype
 from lorasmith.model.load import hidden_size
 from lorasmith.model.plugin_classes import family_config

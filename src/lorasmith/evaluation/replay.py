@@ -15,7 +15,7 @@ from lorasmith.evaluation.golden import Golden, GoldenPrompt, first_logits, gree
 from lorasmith.exporting.proof import TOLERANCE
 from lorasmith.model.dtype import DTYPES
 from lorasmith.text.template import ChatFormat
-from lorasmith.text.tokenizer import Tokenizer
+from lorasmith.tokenization.tokenizer import Tokenizer
 from lorasmith.types import Message
 
 Outcome = Literal["ok", "moved", "broken"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from lorasmith.adapters.lora import load_adapter
 from lorasmith.config import Dtype
 from lorasmith.errors import FamilyError, LorasmithError
 from lorasmith.evaluation.golden import (
@@ -24,12 +25,11 @@ from lorasmith.families.opening import open_chat, open_family
 from lorasmith.hub.adapter_dir import ChatSettings, is_adapter_dir, read_chat_settings
 from lorasmith.hub.download import resolve
 from lorasmith.hub.files import read_json_if_there
-from lorasmith.model.adapter import load_adapter
 from lorasmith.model.dtype import DTYPE_NAMES, DTYPES, resolve_device, resolve_dtype
 from lorasmith.model.load import hidden_size, load_base
 from lorasmith.model.plugin_classes import family_config
+from lorasmith.runs.run_dir import adapter_of
 from lorasmith.text.template import ChatFormat
-from lorasmith.training.run_dir import adapter_of
 
 _MERGED = "merge.json"
 

@@ -17,9 +17,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer
 
 from lorasmith.errors import TokenizerError
-from lorasmith.text.model_file import user_defined_pieces
-from lorasmith.text.sentencepiece_model import SentencePieceTokenizer
 from lorasmith.text.template import ChatFormat
+from lorasmith.tokenization.model_file import user_defined_pieces
+from lorasmith.tokenization.sentencepiece_model import SentencePieceTokenizer
 from lorasmith.types import Conversation, Message
 
 _SPACE = "▁"

@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from lorasmith.adapters.lora import load_adapter
 from lorasmith.errors import ConfigError
 from lorasmith.exporting.fast_tokenizer import require_equal_ids, tokenizer_files
 from lorasmith.exporting.layout import NativeLayout, native_layout
@@ -27,11 +28,10 @@ from lorasmith.exporting.proof import (
 from lorasmith.exporting.staging import keep_golden, refuse_content, staged
 from lorasmith.hub.adapter_dir import GOLDEN_FILE
 from lorasmith.hub.files import read_json, read_json_if_there
-from lorasmith.model.adapter import load_adapter
 from lorasmith.model.load import load_base, module_dtype, read_model_config, without_progress_bar
 from lorasmith.storage import Storage
-from lorasmith.text.sentencepiece_model import SentencePieceTokenizer
 from lorasmith.text.template import ChatFormat
+from lorasmith.tokenization.sentencepiece_model import SentencePieceTokenizer
 
 RECORD_FILE = "merge.json"
 _SHARD = "5GB"

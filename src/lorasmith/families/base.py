@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from lorasmith.errors import ConfigError
-from lorasmith.text.sentencepiece_model import SpecialPieces
 from lorasmith.text.template import ChatFormat
-from lorasmith.text.tokenizer import Tokenizer
+from lorasmith.tokenization.sentencepiece_model import SpecialPieces
+from lorasmith.tokenization.tokenizer import Tokenizer
 
 ConfigJson: TypeAlias = Mapping[str, Any]
 FormatFactory: TypeAlias = Callable[[Tokenizer, Sequence[int]], ChatFormat]

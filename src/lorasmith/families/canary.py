@@ -15,8 +15,8 @@ from typing import Any
 
 from lorasmith.errors import TokenizerError
 from lorasmith.families.base import Family
-from lorasmith.text.fast import FastTokenizer
-from lorasmith.text.tokenizer import Tokenizer
+from lorasmith.tokenization.fast import FastTokenizer
+from lorasmith.tokenization.tokenizer import Tokenizer
 
 _FIX = (
     "get the model's own tokenizer file again; a tokenizer.json that transformers 5 has saved may be damaged"

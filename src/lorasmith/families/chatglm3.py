@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import final, get_args
 
 from lorasmith.families.base import ConfigJson, Family
-from lorasmith.text.sentencepiece_model import SpecialPieces
 from lorasmith.text.template import ChatFormat
-from lorasmith.text.tokenizer import Tokenizer
+from lorasmith.tokenization.sentencepiece_model import SpecialPieces
+from lorasmith.tokenization.tokenizer import Tokenizer
 from lorasmith.types import Message, Piece, Role
 
 _START = ("[gMASK]", "sop")

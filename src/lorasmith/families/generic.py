@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from lorasmith.errors import FamilyError
 from lorasmith.families.base import ConfigJson, Family
-from lorasmith.text.fast import FastTokenizer
 from lorasmith.text.jinja import TemplateFormat
 from lorasmith.text.template import ChatFormat
-from lorasmith.text.tokenizer import Tokenizer
+from lorasmith.tokenization.fast import FastTokenizer
+from lorasmith.tokenization.tokenizer import Tokenizer
 
 
 def by_template(

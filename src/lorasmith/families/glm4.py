@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from lorasmith.families.base import ConfigJson, Family
 from lorasmith.families.generic import by_template
 from lorasmith.text.template import ChatFormat
-from lorasmith.text.tokenizer import Tokenizer
+from lorasmith.tokenization.tokenizer import Tokenizer
 
 _STOPS = ("<|user|>", "<|observation|>", "<|endoftext|>")
 _VOCAB_SIZE = 151552  # GLM-Edge shares a model_type and has another vocabulary

@@ -7,7 +7,7 @@ from typing import final
 
 from lorasmith.families.base import ConfigJson, Family
 from lorasmith.text.template import ChatFormat
-from lorasmith.text.tokenizer import Tokenizer
+from lorasmith.tokenization.tokenizer import Tokenizer
 from lorasmith.types import Message, Piece
 
 _VOCAB_SIZE = 128256

@@ -9,7 +9,7 @@ from lorasmith.errors import DataError
 from lorasmith.families.base import ConfigJson, Family
 from lorasmith.families.generic import by_template
 from lorasmith.text.template import ChatFormat
-from lorasmith.text.tokenizer import Tokenizer
+from lorasmith.tokenization.tokenizer import Tokenizer
 from lorasmith.types import Message, Piece
 
 _START, _END = "<|im_start|>", "<|im_end|>"

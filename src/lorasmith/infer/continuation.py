@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from lorasmith.attention.layout import layout_index
 from lorasmith.infer.cache import gathered, keeps_everything, new_cache, shared_prefix
-from lorasmith.model.recurrent_cache import RecurrentCache
-from lorasmith.model.transnormer import TransNormerForCausalLM
-from lorasmith.ops.attention import layout_index
+from lorasmith.native.recurrent_cache import RecurrentCache
+from lorasmith.native.transnormer import TransNormerForCausalLM
 from lorasmith.types import Ints, Layout
 
 

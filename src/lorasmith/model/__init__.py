@@ -1,1 +1,1 @@
-"""A directory -> Model (+ adapter). Never: data, train."""
+"""A directory -> Model (+ adapter). Never: data, training."""

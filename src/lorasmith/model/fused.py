@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lorasmith.ops.attention import LayoutIndex, layout_attention_interface, layout_index
+from lorasmith.attention.layout import LayoutIndex, layout_attention_interface, layout_index
 from lorasmith.ops.rms_norm import rms_norm
 from lorasmith.ops.rotary import rotary
 from lorasmith.ops.swiglu import swiglu

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from lorasmith.errors import FamilyError, SetupError
 from lorasmith.hub.files import read_json
-from lorasmith.model.native import native_model_type, register_native
+from lorasmith.native.registry import native_model_type, register_native
 
 CODE_KEYS = ("auto_map", "custom_pipelines", "_attn_implementation", "_attn_implementation_internal")
 """Keys of config.json that name code to run; they are dropped, never followed (CVE-2026-4372)."""

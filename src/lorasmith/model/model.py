@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from lorasmith.config import ModelConfig
 from lorasmith.families.base import Family
 from lorasmith.text.template import ChatFormat
-from lorasmith.text.tokenizer import Tokenizer
+from lorasmith.tokenization.tokenizer import Tokenizer
 from lorasmith.types import Conversation, Example, Message
 
 

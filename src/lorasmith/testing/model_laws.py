@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lorasmith.adapters.dropout import DropoutClock
+from lorasmith.adapters.lora import attach_lora, trainable_parameters
+from lorasmith.batching.loader import Loader
 from lorasmith.config import LoraConfig
-from lorasmith.data.loader import Loader
-from lorasmith.model.adapter import attach_lora, trainable_parameters
-from lorasmith.model.dropout import DropoutClock
 from lorasmith.model.load import load_base, read_model_config
 from lorasmith.model.packed import packed, takes_layout, to_device
 from lorasmith.testing.law import require

@@ -14,10 +14,10 @@ from datetime import datetime
 from typing import TypeAlias, final
 
 from lorasmith.errors import DataError, FamilyError
-from lorasmith.text.fast import FastTokenizer
 from lorasmith.text.render import ChatTemplate, Rendering, take_spans
 from lorasmith.text.render_worker import SPAN_END, SPAN_START
 from lorasmith.text.template import ChatFormat, check_turns, told_at
+from lorasmith.tokenization.fast import FastTokenizer
 from lorasmith.types import Conversation, Message, Piece
 
 Span: TypeAlias = tuple[int, int]

@@ -14,10 +14,10 @@ from typing import Any, TypeAlias
 import tokenizers
 
 from lorasmith.errors import DataError, FamilyError, TokenizerError
-from lorasmith.text.fast import FastTokenizer
 from lorasmith.text.render import ChatTemplate, take_spans
-from lorasmith.text.sentencepiece_model import SentencePieceTokenizer, SpecialPieces
-from lorasmith.text.tokenizer import Tokenizer
+from lorasmith.tokenization.fast import FastTokenizer
+from lorasmith.tokenization.sentencepiece_model import SentencePieceTokenizer, SpecialPieces
+from lorasmith.tokenization.tokenizer import Tokenizer
 
 JsonObject: TypeAlias = dict[str, Any]
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")

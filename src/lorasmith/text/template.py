@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 
 from lorasmith.errors import DataError, SetupError
-from lorasmith.text.tokenizer import Tokenizer
+from lorasmith.tokenization.tokenizer import Tokenizer
 from lorasmith.types import IGNORE_INDEX, Conversation, Example, Message, Piece
 
 

@@ -11,10 +11,9 @@ import peft
 import torch
 from safetensors.torch import load_file, save
 
+from lorasmith.adapters.lora import adapter_files, restore_adapter, trainable_parameters
 from lorasmith.errors import CheckpointError
-from lorasmith.model.adapter import adapter_files, restore_adapter, trainable_parameters
-from lorasmith.storage import Storage
-from lorasmith.training.manifest import (
+from lorasmith.runs.manifest import (
     FORMAT,
     MANIFEST,
     OPTIMIZER,
@@ -27,6 +26,7 @@ from lorasmith.training.manifest import (
     manifest_bytes,
     step_of,
 )
+from lorasmith.storage import Storage
 
 _VALUE = "/value"
 _ROOM_FOR_NAMES = 1 << 20

@@ -16,10 +16,10 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from lorasmith.batching.source import Alone
 from lorasmith.errors import DivergedError
 from lorasmith.model.packed import PackedModule
-from lorasmith.training.manifest import RECENT
-from lorasmith.training.source import Alone
+from lorasmith.runs.manifest import RECENT
 from lorasmith.types import Batch
 
 _ENOUGH_TO_COMPARE = 20

@@ -13,15 +13,20 @@ from typing import Any, NoReturn
 import peft
 import torch
 
+from lorasmith.adapters.dropout import DropoutClock
+from lorasmith.adapters.lora import adapter_files, trainable_parameters
+from lorasmith.batching.source import StepSource
 from lorasmith.config import TrainConfig
 from lorasmith.errors import DivergedError, Interrupted
-from lorasmith.model.adapter import adapter_files, trainable_parameters
+from lorasmith.memory.fitting import Fitting, Room
 from lorasmith.model.checkpointing import activation_checkpointing
-from lorasmith.model.dropout import DropoutClock
 from lorasmith.model.packed import PackedModule, packed
+from lorasmith.runs.manifest import TrainState, checkpoint_dir, read_state
+from lorasmith.runs.metrics import MetricsLog, read_metrics
+from lorasmith.runs.picture import draw_losses
+from lorasmith.runs.progress import Reporter, StepLine
 from lorasmith.storage import Storage
 from lorasmith.training.checkpoint import prune, restore, save_checkpoint
-from lorasmith.training.fitting import Fitting, Room
 from lorasmith.training.guard import (
     MOVED_BY,
     culprits,
@@ -32,13 +37,8 @@ from lorasmith.training.guard import (
     require_moved,
     require_moving_loss,
 )
-from lorasmith.training.manifest import TrainState, checkpoint_dir, read_state
-from lorasmith.training.metrics import MetricsLog, read_metrics
-from lorasmith.training.picture import draw_losses
-from lorasmith.training.progress import Reporter, StepLine
 from lorasmith.training.schedule import learning_rate
 from lorasmith.training.signals import StopRequest, stop_requests
-from lorasmith.training.source import StepSource
 from lorasmith.training.step import StepResult, step_gradients, update
 
 _ROWS_NAMED = 5

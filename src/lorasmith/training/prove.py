@@ -17,17 +17,17 @@ from safetensors.torch import load_file
 
 from lorasmith.errors import CheckpointError, Interrupted, NotReproducedError
 from lorasmith.hub.adapter_dir import ADAPTER_WEIGHTS
-from lorasmith.storage import Storage
-from lorasmith.training.checkpoint import save_checkpoint
-from lorasmith.training.loop import Fit, fit_result
-from lorasmith.training.manifest import (
+from lorasmith.runs.manifest import (
     OPTIMIZER,
     damage,
     list_checkpoints,
     newest_checkpoint,
     step_of,
 )
-from lorasmith.training.metrics import read_metrics
+from lorasmith.runs.metrics import read_metrics
+from lorasmith.storage import Storage
+from lorasmith.training.checkpoint import save_checkpoint
+from lorasmith.training.loop import Fit, fit_result
 from lorasmith.training.session import HeldOutLoss, Outcome, Session
 
 _LOSSES = ("loss", "eval_loss")

@@ -13,28 +13,28 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from lorasmith.adapters.dropout import DropoutClock
+from lorasmith.adapters.lora import attach_lora, initial_tensors
+from lorasmith.batching.source import StepSource
 from lorasmith.config import RunConfig
 from lorasmith.errors import ConfigError, DataError
 from lorasmith.hub.adapter_dir import ChatSettings
-from lorasmith.model.adapter import attach_lora, initial_tensors
-from lorasmith.model.dropout import DropoutClock
 from lorasmith.model.dtype import DTYPE_NAMES
 from lorasmith.model.load import module_dtype
 from lorasmith.model.packed import PackedModule
-from lorasmith.storage import Storage
-from lorasmith.training.checkpoint import require_room, restore
-from lorasmith.training.loop import Fit, FitResult, fit_result, make_optimizer, total_steps
-from lorasmith.training.manifest import checkpoint_dir, read_state
-from lorasmith.training.progress import Reporter
-from lorasmith.training.run_dir import is_finished, open_run_dir, write_settings
-from lorasmith.training.same_run import (
+from lorasmith.runs.manifest import checkpoint_dir, read_state
+from lorasmith.runs.progress import Reporter
+from lorasmith.runs.run_dir import is_finished, open_run_dir, write_settings
+from lorasmith.runs.same_run import (
     NOT_THE_RESULT,
     Change,
     RowHashes,
     changes_since,
     require_same_run,
 )
-from lorasmith.training.source import StepSource
+from lorasmith.storage import Storage
+from lorasmith.training.checkpoint import require_room, restore
+from lorasmith.training.loop import Fit, FitResult, fit_result, make_optimizer, total_steps
 
 HeldOutLoss: TypeAlias = Callable[[PackedModule, int], float]
 

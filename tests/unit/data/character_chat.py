@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from lorasmith.errors import DataError
 from lorasmith.text.template import ChatFormat
-from lorasmith.text.tokenizer import Tokenizer
+from lorasmith.tokenization.tokenizer import Tokenizer
 from lorasmith.types import Message, Piece
 
 SPECIAL = {"<|bos|>": 0, "<|user|>": 1, "<|assistant|>": 2, "<|end|>": 3}

@@ -26,10 +26,10 @@ from lorasmith.data.dataset import load
 from lorasmith.data.survey import Survey, survey
 from lorasmith.families import find_family
 from lorasmith.families.opening import open_chat
-from lorasmith.text.fast import FastTokenizer
 from lorasmith.text.jinja import TemplateFormat
 from lorasmith.text.loading import load_tokenizer
 from lorasmith.text.template import ChatFormat
+from lorasmith.tokenization.fast import FastTokenizer
 
 TINY = Path(cache_module.__file__).parents[1] / "assets/tiny"
 

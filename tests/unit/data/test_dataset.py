@@ -19,9 +19,9 @@ from character_chat import SPECIAL, CharacterChat
 from lorasmith.config import DataConfig
 from lorasmith.data.dataset import Dataset, fingerprint, load, split
 from lorasmith.data.encode import encode_conversations, fit_length
-from lorasmith.data.findings import find, prompt_of
 from lorasmith.data.survey import survey
 from lorasmith.errors import ConfigError, DataError, SetupError, StorageError
+from lorasmith.rows.findings import find, prompt_of
 from lorasmith.types import IGNORE_INDEX, Conversation, Message
 
 SHARED = Path(__file__).resolve().parents[4] / "shared"
@@ -263,7 +263,7 @@ def test_rows_of_a_hub_data_set_are_numbered_and_null_is_absent(monkeypatch: pyt
 
 
 def test_the_room_loads_no_torch() -> None:
-    script = "import sys, lorasmith.data.dataset, lorasmith.data.loader; print('torch' in sys.modules)"
+    script = "import sys, lorasmith.data.dataset, lorasmith.batching.loader; print('torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
 

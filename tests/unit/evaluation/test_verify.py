@@ -19,8 +19,8 @@ from typer.testing import CliRunner, Result
 import lorasmith as ls
 from lorasmith.cli.main import app
 from lorasmith.errors import SetupError, StorageError
+from lorasmith.runs.progress import SilentReporter
 from lorasmith.storage import Storage
-from lorasmith.training.progress import SilentReporter
 
 
 def learn(

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from lorasmith.exporting.fast_tokenizer import fast_backend, require_equal_ids, tokenizer_files
 from lorasmith.exporting.layout import native_layout
 from lorasmith.testing.texts import random_texts
-from lorasmith.text.sentencepiece_model import SentencePieceTokenizer
+from lorasmith.tokenization.sentencepiece_model import SentencePieceTokenizer
 from lorasmith.types import Conversation, Message
 
 TEMPLATES = {

@@ -13,9 +13,9 @@ from chat_texts import LIKE, REAL, make_format, real_directory
 from lorasmith.errors import TokenizerError
 from lorasmith.families import check_canary, checked_tokenizer, find_family
 from lorasmith.families.canary import load_canary
-from lorasmith.text.fast import FastTokenizer
 from lorasmith.text.loading import load_tokenizer
-from lorasmith.text.sentencepiece_model import SentencePieceTokenizer
+from lorasmith.tokenization.fast import FastTokenizer
+from lorasmith.tokenization.sentencepiece_model import SentencePieceTokenizer
 
 BYTE_LEVEL = ("llama3", "deepseek")
 METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False}

@@ -10,9 +10,9 @@ import tokenizers_factory as factory
 from chat_texts import GENERIC
 
 from lorasmith.errors import DataError, FamilyError
-from lorasmith.text.fast import FastTokenizer
 from lorasmith.text.jinja import TemplateFormat
 from lorasmith.text.loading import load_tokenizer
+from lorasmith.tokenization.fast import FastTokenizer
 from lorasmith.types import IGNORE_INDEX, Conversation, Example, Message
 
 TALK = (

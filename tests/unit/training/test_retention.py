@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from lorasmith.errors import SetupError, StorageError
+from lorasmith.runs.lock import refuse_if_locked, run_lock
+from lorasmith.runs.manifest import list_checkpoints
+from lorasmith.runs.metrics import MetricsLog, read_metrics
+from lorasmith.runs.progress import SilentReporter
+from lorasmith.runs.run_dir import open_run_dir
 from lorasmith.storage import Storage
 from lorasmith.training.checkpoint import prune
-from lorasmith.training.lock import refuse_if_locked, run_lock
-from lorasmith.training.manifest import list_checkpoints
-from lorasmith.training.metrics import MetricsLog, read_metrics
-from lorasmith.training.progress import SilentReporter
-from lorasmith.training.run_dir import open_run_dir
 
 
 def checkpoints(run_dir: Path, *steps: int) -> None:

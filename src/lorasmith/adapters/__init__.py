@@ -1,0 +1,1 @@
+"""LoRA on a module, by peft. Never: data, families, training."""

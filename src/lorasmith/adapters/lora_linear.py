@@ -1,0 +1,73 @@
+"""peft's LoRA linear layer with a fast road for its plain case."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+import torch
+from peft.tuners.lora.layer import Linear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from lorasmith.adapters.dropout import StatelessDropout
+from lorasmith.ops.lora_linear import lora_linear
+
+
+class LoraLinear(Linear):  # type: ignore[misc]
+    """peft's own in names, files, merging and every variant; only the plain forward pass is ours."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or not self._is_plain(x):
+            result: Tensor = super().forward(x, *args, **kwargs)
+            return result
+        name, base = self.active_adapters[0], self.base_layer
+        dropout = self.lora_dropout[name]
+        return lora_linear(
+            x,
+            base.weight,
+            base.bias,
+            self.lora_A[name].weight,
+            self.lora_B[name].weight,
+            self.scaling[name],
+            dropout.mask(x) if isinstance(dropout, StatelessDropout) else None,
+        )
+
+    def _is_plain(self, x: Tensor) -> bool:
+        """One adapter, unmerged and of no variant, over a frozen linear layer of x's dtype, without hooks."""
+        if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
+            return False
+        name, base = self.active_adapters[0], self.base_layer
+        if name not in self.lora_A or name in self.lora_variant or self.lora_bias[name]:
+            return False
+        return (
+            x.dtype == base.weight.dtype
+            and not torch.is_autocast_enabled(x.device.type)
+            and not base.weight.requires_grad
+            and (base.bias is None or not base.bias.requires_grad)
+            and not any(_is_watched(module) for module in (base, self.lora_A[name], self.lora_B[name]))
+            and _drops_statelessly(self.lora_dropout[name])
+        )
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether somebody hooked the module or wrapped its forward, as accelerate does to move weights."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+    return any(hooks) or bool(module._backward_pre_hooks) or "forward" in vars(module)
+
+
+def _drops_statelessly(module: nn.Module) -> bool:
+    return isinstance(module, StatelessDropout | nn.Identity) or not module.training
+
+
+def use_fast_linear(config: peft.LoraConfig) -> None:
+    """Have peft build its LoRA layers over plain linear layers as `LoraLinear`."""
+    config._register_custom_module({nn.Linear: _over_plain_linear})
+
+
+def _over_plain_linear(target: nn.Module, adapter_name: str, **kwargs: Any) -> LoraLinear | None:
+    """None leaves the target to peft's own dispatch: a quantised linear layer, a parameter by name."""
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if type(base) is not nn.Linear or kwargs.get("parameter_name") or kwargs["config"].fan_in_fan_out:
+        return None
+    return LoraLinear(target, adapter_name, **kwargs)

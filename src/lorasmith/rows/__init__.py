@@ -1,0 +1,1 @@
+"""A data file -> rows -> conversations, each with its place. Never: chat formats, ids, torch."""

@@ -1,0 +1,1 @@
+"""Text <-> ids, special tokens by id alone. Never: conversations, families, torch."""
