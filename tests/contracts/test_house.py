@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,9 @@ MAY_IMPORT_INSIDE = {
     "testing/family.py": "the laws of text need no torch; those of models do",
 }
 """Files (or rooms) in which functions import from our own rooms, and why."""
+
+ONE_FILE_PER_THING = {"cli": "a file for each verb", "families": "a file for each family"}
+"""Rooms that grow by one file with each thing of their kind, and the kind."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -69,6 +73,13 @@ def test_no_room_or_file_is_a_dumping_ground() -> None:
 
 def test_rooms_are_one_level_deep() -> None:
     assert [inside(path) for path in SOURCES if len(Path(inside(path)).parts) > 2] == []
+
+
+def test_a_room_of_more_than_eight_files_is_two_rooms() -> None:
+    rooms = Counter(path.parent.name for path in SOURCES if path.name != "__init__.py")
+    del rooms["lorasmith"]  # the house itself: its front door and the words that every room speaks
+    full = {room for room, files in rooms.items() if files > 8}
+    assert full == set(ONE_FILE_PER_THING)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=inside)
