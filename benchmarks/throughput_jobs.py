@@ -29,35 +29,24 @@ class Contestant:
     """Which Python runs it: "own" (this one), "trl" or "llamafactory"."""
 
 
+def _packing(peer: str, title: str) -> Contestant:
+    """A trainer that packs rows by itself, in an environment of its own."""
+    options = {"packs": 1, "accumulate": 1, "attention": "sdpa"}
+    return Contestant(peer, title, f"{peer}_packing.py", options, environment=peer)
+
+
+def _ours(name: str, title: str, *, share_prefixes: bool) -> Contestant:
+    options = {"share_prefixes": share_prefixes if SHARES_PREFIXES else None, "dropout": 0.1}
+    return Contestant(name, title, "ours.py", options)
+
+
 CONTESTANTS = (
     Contestant("tutorial", "(i) tutorial's script", "tutorial.py", {"tuned": False, "micro_batch": 8}),
     Contestant("expert", "(ii) the same, tuned", "tutorial.py", {"tuned": True, "micro_batch": 8}),
-    Contestant(
-        "trl",
-        "(iii) TRL, packing",
-        "trl_packing.py",
-        {"packs": 1, "accumulate": 1, "attention": "sdpa"},
-        environment="trl",
-    ),
-    Contestant(
-        "llamafactory",
-        "(iii) LLaMA-Factory, neat_packing",
-        "llamafactory_packing.py",
-        {"packs": 1, "accumulate": 1, "attention": "sdpa"},
-        environment="llamafactory",
-    ),
-    Contestant(
-        "ours",
-        "(iv) Lorasmith",
-        "ours.py",
-        {"share_prefixes": True if SHARES_PREFIXES else None, "dropout": 0.1},
-    ),
-    Contestant(
-        "ours-unshared",
-        "(v) Lorasmith, no sharing",
-        "ours.py",
-        {"share_prefixes": False if SHARES_PREFIXES else None, "dropout": 0.1},
-    ),
+    _packing("trl", "(iii) TRL, packing"),
+    _packing("llamafactory", "(iii) LLaMA-Factory, neat_packing"),
+    _ours("ours", "(iv) Lorasmith", share_prefixes=True),
+    _ours("ours-unshared", "(v) Lorasmith, no sharing", share_prefixes=False),
 )
 BY_NAME = {contestant.name: contestant for contestant in CONTESTANTS}
 
