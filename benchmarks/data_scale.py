@@ -26,9 +26,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from lorasmith.batching.fingerprint import fingerprint
 from lorasmith.batching.loader import Loader
 from lorasmith.config import DataConfig
-from lorasmith.data.dataset import fingerprint
 from lorasmith.data.survey import survey
 from lorasmith.families.opening import open_chat
 

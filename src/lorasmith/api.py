@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
     from lorasmith.data.dataset import Dataset
     from lorasmith.evaluation.verification import Verification
-    from lorasmith.hub.adapter_dir import ChatSettings
     from lorasmith.model.model import Model
     from lorasmith.runs.progress import Reporter
     from lorasmith.storage import Storage
@@ -184,26 +183,25 @@ def train(
     this model cannot take; MemoryLimitError; DivergedError; NotReproducedError; StorageError; Interrupted (a
     KeyboardInterrupt too) by SIGINT, SIGTERM or SIGUSR1, with a checkpoint to resume from.
     """
-    from lorasmith.batching.loader import held_out_loader
     from lorasmith.data.dataset import Dataset
     from lorasmith.evaluation.golden import base_fingerprint, keep_golden
-    from lorasmith.evaluation.loss import mean_loss
+    from lorasmith.evaluation.loss import loss_while_training
     from lorasmith.model.model import Model
-    from lorasmith.model.packed import takes_layout
     from lorasmith.runs.lock import run_lock
     from lorasmith.runs.progress import default_reporter
     from lorasmith.storage import Storage
     from lorasmith.training.prove import prove
+    from lorasmith.training.session import Session
 
     require_resumable(Path(output_dir), resume, allow_changes)
-    train = (train or TrainConfig()).model_copy(update={"output_dir": str(output_dir)})
+    config = _run_config(model, data, lora, train, output_dir)
+    examples, held_out = _examples_of(data)
     reporter, storage = reporter or default_reporter(), storage or Storage()
-    session, held_out = _session(model, data, lora or LoraConfig(), train, allow_changes, reporter, storage)
-    base = base_fingerprint(session.base)
-    kept_out = held_out_loader(held_out, train, packed=takes_layout(session.base))
-    held_out_loss = (
-        (lambda rows, most: mean_loss(rows, kept_out.epoch(max_tokens=most))) if kept_out else None
+    session = Session(
+        model, examples, held_out, config, allow_changes=allow_changes, reporter=reporter, storage=storage
     )
+    base = base_fingerprint(session.base)
+    held_out_loss = loss_while_training(held_out, config.train, session.base)
     if resume == "prove":
         return _ended(session, model, prove(session, held_out_loss))
     with run_lock(storage, Path(output_dir), reporter):
@@ -211,7 +209,7 @@ def train(
         run = _ended(session, model, outcome)
         if isinstance(model, Model) and outcome.trained:
             told = data.conversations if isinstance(data, Dataset) else ()
-            keep_golden(model, told, train.golden_rows, base, storage, session.run_dir)
+            keep_golden(model, told, config.train.golden_rows, base, storage, session.run_dir)
     return run
 
 
@@ -289,43 +287,23 @@ def require_resumable(run_dir: Path, resume: Resume, allow_changes: Sequence[str
         require_run(run_dir)
 
 
-def _session(
+def _run_config(
     model: Model | PreTrainedModel,
     data: Dataset | Sequence[Example],
-    lora: LoraConfig,
-    train: TrainConfig,
-    allow_changes: Sequence[str],
-    reporter: Reporter,
-    storage: Storage,
-) -> tuple[Session, Sequence[Example]]:
-    """The run, checked, and its held-out rows."""
-    from lorasmith.batching.columns import largest_id
-    from lorasmith.batching.loader import training_loader
-    from lorasmith.data.dataset import Dataset, fingerprint, row_hashes
+    lora: LoraConfig | None,
+    train: TrainConfig | None,
+    output_dir: str | Path,
+) -> RunConfig:
+    """The recipe that the arguments of `train` amount to."""
+    from lorasmith.data.dataset import Dataset
     from lorasmith.model.model import Model
-    from lorasmith.model.packed import takes_layout
-    from lorasmith.runs.same_run import RowHashes
-    from lorasmith.training.session import Session
 
-    examples, held_out = _examples_of(data)
-    tuned = model if isinstance(model, Model) else None
-    rows = _lasting(data.config) if isinstance(data, Dataset) else DataConfig()
-    module = model.module if isinstance(model, Model) else model
-    origins = tuple(example.origin for example in examples)
-    session = Session(
-        module,
-        training_loader(examples, train, packed=takes_layout(module)),
-        RunConfig(model=tuned.config if tuned else ModelConfig(), data=rows, lora=lora, train=train),
-        family_targets=tuned.family.target_modules if tuned else None,
-        chat=_chat_settings(tuned, rows.system) if tuned else None,
-        rows=RowHashes(fingerprint(examples), row_hashes(examples), origins),
-        largest_id=max(largest_id(examples), largest_id(held_out)),
-        held_out=fingerprint(held_out) if held_out else None,
-        allow_changes=allow_changes,
-        reporter=reporter,
-        storage=storage,
+    return RunConfig(
+        model=model.config if isinstance(model, Model) else ModelConfig(),
+        data=_lasting(data.config) if isinstance(data, Dataset) else DataConfig(),
+        lora=lora or LoraConfig(),
+        train=(train or TrainConfig()).model_copy(update={"output_dir": str(output_dir)}),
     )
-    return session, held_out
 
 
 def _examples_of(data: Dataset | Sequence[Example]) -> tuple[Sequence[Example], Sequence[Example]]:
@@ -342,13 +320,6 @@ def _examples_of(data: Dataset | Sequence[Example]) -> tuple[Sequence[Example], 
             fix="leave them out, or label their answers",
         )
     return examples, held_out
-
-
-def _chat_settings(model: Model, system: str | None) -> ChatSettings:
-    from lorasmith.hub.adapter_dir import ChatSettings
-
-    config, chat_format = model.config, model.chat_format.name
-    return ChatSettings(config.path, model.family.name, chat_format, system, config.hub, config.revision)
 
 
 def _lasting(data: DataConfig) -> DataConfig:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import overload
-from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lorasmith.batching.columns import Conversations, Examples, blocks_of, offsets_of, spread
+from lorasmith.batching.columns import Conversations, Examples
+from lorasmith.batching.fingerprint import fingerprint
 from lorasmith.config import DataConfig
 from lorasmith.data.check import DataReport
 from lorasmith.data.encode import EncodeResult, fit_length
@@ -115,28 +115,6 @@ def split(conversations: Sequence[Conversation], fraction: float) -> tuple[Ints,
             fix="choose another data.eval share, or name a file of held-out rows",
         )
     return training, held_out
-
-
-def fingerprint(examples: Iterable[Example]) -> str:
-    """sha256 of the ids and labels, in order: equal for equal training data, on any machine."""
-    digest = hashlib.sha256()
-    for ids, labels, lengths in blocks_of(examples):
-        # Of each row its length, its ids, its labels: 1 + T + T numbers.
-        starts = offsets_of(2 * lengths + 1)
-        numbers = np.empty(starts[-1], "<i8")
-        numbers[starts[:-1]] = lengths
-        numbers[spread(starts[:-1] + 1, lengths)] = ids
-        numbers[spread(starts[:-1] + 1 + lengths, lengths)] = labels
-        digest.update(numbers.data)
-    return digest.hexdigest()
-
-
-def row_hashes(examples: Iterable[Example]) -> tuple[str, ...]:
-    """CRC-32 of the ids and labels of each, as 8 hexadecimal digits: to name the row that changed."""
-    crcs = (
-        crc32(e.labels.astype("<i8").tobytes(), crc32(e.input_ids.astype("<i8").tobytes())) for e in examples
-    )
-    return tuple(f"{crc:08x}" for crc in crcs)
 
 
 def _split_survey(rows: Survey, share: float | str | None) -> tuple[Survey, Survey | None]:

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorasmith.batching.fingerprint import fingerprint, row_hashes
 from lorasmith.config import RunConfig
 from lorasmith.errors import CheckpointError, ConfigError
+from lorasmith.types import Example
 
 ROWS_FILE = "rows.json"
 NOT_THE_RESULT = {
@@ -53,6 +55,11 @@ class RowHashes:
     """CRC-32 of the ids and labels of each, as 8 hexadecimal digits."""
     origins: tuple[str, ...] = ()
     """file:line of each, where they are known."""
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> RowHashes:
+        origins = tuple(example.origin for example in examples)
+        return cls(fingerprint(examples), row_hashes(examples), origins)
 
     def to_json(self) -> bytes:
         tree = {"rows": len(self.hashes), "sha256": self.fingerprint, "crc32": "".join(self.hashes)}

@@ -15,13 +15,16 @@ from transformers import PreTrainedModel
 
 from lorasmith.adapters.dropout import DropoutClock
 from lorasmith.adapters.lora import attach_lora, initial_tensors
-from lorasmith.batching.source import StepSource
+from lorasmith.batching.columns import largest_id
+from lorasmith.batching.fingerprint import fingerprint
+from lorasmith.batching.loader import training_loader
 from lorasmith.config import RunConfig
 from lorasmith.errors import ConfigError, DataError
 from lorasmith.hub.adapter_dir import ChatSettings
 from lorasmith.model.dtype import DTYPE_NAMES
 from lorasmith.model.load import module_dtype
-from lorasmith.model.packed import PackedModule
+from lorasmith.model.model import Model
+from lorasmith.model.packed import PackedModule, takes_layout
 from lorasmith.runs.manifest import checkpoint_dir, read_state
 from lorasmith.runs.progress import Reporter
 from lorasmith.runs.run_dir import is_finished, open_run_dir, write_settings
@@ -35,6 +38,7 @@ from lorasmith.runs.same_run import (
 from lorasmith.storage import Storage
 from lorasmith.training.checkpoint import require_room, restore
 from lorasmith.training.loop import Fit, FitResult, fit_result, make_optimizer, total_steps
+from lorasmith.types import Example
 
 HeldOutLoss: TypeAlias = Callable[[PackedModule, int], float]
 
@@ -54,41 +58,41 @@ class Outcome:
 class Session:
     """What a run is made of, checked. Nothing is written, and the module is as it was, until `run`.
 
-    `held_out`: a fingerprint of the held-out rows, which the best checkpoint depends on, or None.
-    Raises: ConfigError for the config; DataError for token ids that the model does not have.
+    The best checkpoint, and so the adapter, depends on `held_out` too, which may be empty.
+    Raises: ConfigError for the config, and for a module with an adapter; DataError for token ids that the
+    model does not have, and where there is nothing to train on.
     """
 
     def __init__(
         self,
-        module: nn.Module,
-        source: StepSource,
+        model: Model | nn.Module,
+        examples: Sequence[Example],
+        held_out: Sequence[Example],
         config: RunConfig,
         *,
-        family_targets: Sequence[str] | None,
-        chat: ChatSettings | None,
-        rows: RowHashes,
-        largest_id: int,
-        held_out: str | None,
         allow_changes: Sequence[str],
         reporter: Reporter,
         storage: Storage,
     ) -> None:
-        self.base = _untuned(module)
-        _require_ids(self.base, largest_id)
-        if held_out is None:
+        tuned = model if isinstance(model, Model) else None
+        self.base = _untuned(model.module if isinstance(model, Model) else model)
+        _require_ids(self.base, max(largest_id(examples), largest_id(held_out)))
+        if not held_out:
             _refuse_idle_keys(config)
         self.run_dir, self.reporter = Path(config.train.output_dir), reporter
         self.config = _resolved(config, self.base)
-        self._source, self._storage, self._rows = source, storage, rows
-        self._family_targets, self._chat, self._allowed = family_targets, chat, allow_changes
+        self._source = training_loader(examples, config.train, packed=takes_layout(self.base))
+        self._storage, self._rows, self._allowed = storage, RowHashes.of(examples), allow_changes
+        self._family_targets = tuned.family.target_modules if tuned else None
+        self._chat = _chat_settings(tuned, config.data.system) if tuned else None
         self._depends_on = {
             **_settings(self.config),
-            "data": rows.fingerprint,
-            "held_out": held_out,
+            "data": self._rows.fingerprint,
+            "held_out": fingerprint(held_out) if held_out else None,
             "base": _base_fingerprint(self.base),
         }
         self._clock = DropoutClock(config.train.seed)
-        self.total_steps = total_steps(source, config.train)
+        self.total_steps = total_steps(self._source, config.train)
 
     def run(self, held_out_loss: HeldOutLoss | None, *, resume: bool) -> Outcome:
         """Begin the run or go on with it, to its end; one that is finished is left as it is.
@@ -188,6 +192,11 @@ def _untuned(module: nn.Module) -> PreTrainedModel:
             fix="load the base model again; lora.init_from goes on from an adapter",
         )
     return module
+
+
+def _chat_settings(model: Model, system: str | None) -> ChatSettings:
+    config, chat_format = model.config, model.chat_format.name
+    return ChatSettings(config.path, model.family.name, chat_format, system, config.hub, config.revision)
 
 
 def _refuse_idle_keys(config: RunConfig) -> None:

@@ -19,8 +19,8 @@ from lorasmith.batching.columns import (
     lengths_of,
     target_counts_of,
 )
+from lorasmith.batching.fingerprint import fingerprint
 from lorasmith.batching.loader import Loader
-from lorasmith.data.dataset import fingerprint
 from lorasmith.data.encode import fit_length
 from lorasmith.rows.findings import find, prompt_of
 from lorasmith.types import IGNORE_INDEX, Conversation, Example, Message

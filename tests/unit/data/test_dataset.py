@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 from character_chat import SPECIAL, CharacterChat
 
+from lorasmith.batching.fingerprint import fingerprint
 from lorasmith.config import DataConfig
-from lorasmith.data.dataset import Dataset, fingerprint, load, split
+from lorasmith.data.dataset import Dataset, load, split
 from lorasmith.data.encode import encode_conversations, fit_length
 from lorasmith.data.survey import survey
 from lorasmith.errors import ConfigError, DataError, SetupError, StorageError

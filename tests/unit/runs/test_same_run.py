@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from modules import examples
 
-from lorasmith.data.dataset import fingerprint, row_hashes
+from lorasmith.batching.fingerprint import fingerprint, row_hashes
 from lorasmith.errors import CheckpointError, ConfigError
 from lorasmith.runs.same_run import (
     ROWS_FILE,
