@@ -27,9 +27,9 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
+from lorasmith.attention.rotary import reference_rotary, rotary
 from lorasmith.ops.cross_entropy import cross_entropy_sum, linear_cross_entropy
 from lorasmith.ops.rms_norm import reference_rms_norm, rms_norm
-from lorasmith.ops.rotary import reference_rotary, rotary
 from lorasmith.ops.swiglu import reference_swiglu, swiglu
 
 TOKENS, ROWS, HIDDEN, FEATURES, HEADS = 860, 370, 768, 2048, 12

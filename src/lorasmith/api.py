@@ -125,7 +125,7 @@ def load_model(
     `chat_format` None means the run's own, else "official".
     """
     from lorasmith.families.opening import open_chat
-    from lorasmith.hub.adapter_dir import settings_asked
+    from lorasmith.files.adapter_dir import settings_asked
 
     chat = settings_asked(path_or_repo, adapter, hub, revision)
     asked = {"dtype": dtype, "device": device, "hub": chat.hub, "revision": chat.revision}

@@ -10,7 +10,7 @@ from lorasmith.errors import ConfigError
 from lorasmith.exporting.convert import convert
 from lorasmith.exporting.merge import merge as merge_directories
 from lorasmith.families.opening import open_chat
-from lorasmith.hub.adapter_dir import ChatSettings, is_adapter_dir, read_chat_settings
+from lorasmith.files.adapter_dir import ChatSettings, is_adapter_dir, read_chat_settings
 from lorasmith.hub.download import resolve
 from lorasmith.model.dtype import DTYPES
 from lorasmith.model.load import read_model_config

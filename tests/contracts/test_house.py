@@ -25,7 +25,11 @@ MAY_IMPORT_INSIDE = {
 }
 """Files (or rooms) in which functions import from our own rooms, and why."""
 
-ONE_FILE_PER_THING = {"cli": "a file for each verb", "families": "a file for each family"}
+ONE_FILE_PER_THING = {
+    "cli": "a file for each verb",
+    "doctor": "a file for each thing that can be unfit",
+    "families": "a file for each family",
+}
 """Rooms that grow by one file with each thing of their kind, and the kind."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -79,7 +83,8 @@ def test_a_room_of_more_than_eight_files_is_two_rooms() -> None:
     rooms = Counter(path.parent.name for path in SOURCES if path.name != "__init__.py")
     del rooms["lorasmith"]  # the house itself: its front door and the words that every room speaks
     full = {room for room, files in rooms.items() if files > 8}
-    assert full == set(ONE_FILE_PER_THING)
+    assert full - ONE_FILE_PER_THING.keys() == set()
+    assert ONE_FILE_PER_THING.keys() <= rooms.keys()
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=inside)

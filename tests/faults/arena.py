@@ -15,7 +15,7 @@ from typing import Any
 from disk_faults import Call
 from fork_server import ForkServer
 
-from lorasmith.hub.adapter_dir import ADAPTER_WEIGHTS
+from lorasmith.files.adapter_dir import ADAPTER_WEIGHTS
 from lorasmith.runs.manifest import damage, list_checkpoints, newest_checkpoint
 from lorasmith.runs.metrics import read_metrics
 from lorasmith.runs.run_dir import is_run_dir

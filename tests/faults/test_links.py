@@ -8,7 +8,7 @@ import pytest
 
 from lorasmith.errors import LorasmithError, SetupError
 from lorasmith.exporting.staging import staged
-from lorasmith.hub.links import refuse_links
+from lorasmith.files.links import refuse_links
 from lorasmith.runs.progress import SilentReporter
 from lorasmith.runs.run_dir import open_run_dir
 from lorasmith.storage import Storage

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from lorasmith.attention.rotary import rotary
 from lorasmith.kernels.twins import triton_twin
 from lorasmith.ops.cross_entropy import linear_cross_entropy
 from lorasmith.ops.dropout import DropoutMask, dropout_key, keep_mask
 from lorasmith.ops.lora_linear import lora_linear
 from lorasmith.ops.rms_norm import rms_norm
-from lorasmith.ops.rotary import rotary
 from lorasmith.ops.swiglu import swiglu
 
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}

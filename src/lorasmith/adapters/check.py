@@ -22,10 +22,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lorasmith.errors import SetupError
-from lorasmith.hub.adapter_config import read_adapter_config, several
-from lorasmith.hub.adapter_dir import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLED_ADAPTER_WEIGHTS
-from lorasmith.hub.files import require_regular
-from lorasmith.hub.name_patterns import try_patterns
+from lorasmith.files.adapter_config import read_adapter_config, several
+from lorasmith.files.adapter_dir import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLED_ADAPTER_WEIGHTS
+from lorasmith.files.model_dir import require_regular
+from lorasmith.files.name_patterns import try_patterns
 
 Shape: TypeAlias = tuple[int, ...]
 _MOST_TENSORS = 200_000

@@ -25,7 +25,7 @@ from lorasmith.adapters.lora_linear import use_fast_linear
 from lorasmith.adapters.mutated_init import as_plain_lora, moves_base_weights, plain_config
 from lorasmith.config import LoraConfig
 from lorasmith.errors import ConfigError, SetupError
-from lorasmith.hub.adapter_dir import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from lorasmith.files.adapter_dir import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 
 def attach_lora(

@@ -10,7 +10,7 @@ import typer
 from lorasmith.cli.options import Checkpoint
 from lorasmith.config import MergeLayout, ModelConfig, validate
 from lorasmith.errors import ConfigError
-from lorasmith.hub.files import read_json
+from lorasmith.files.model_dir import read_json
 from lorasmith.redaction import tree_without_secrets
 
 

@@ -20,7 +20,7 @@ from lorasmith.data.check import DataReport
 from lorasmith.data.encode import EncodeResult, fit_length
 from lorasmith.data.survey import Survey, survey
 from lorasmith.errors import DataError, StorageError
-from lorasmith.hub.links import refuse_links
+from lorasmith.files.links import refuse_links
 from lorasmith.rows.findings import prompt_of
 from lorasmith.rows.records import bad_rows_error
 from lorasmith.text.template import ChatFormat

@@ -10,7 +10,7 @@ from pathlib import Path
 from lorasmith.doctor import chat, disk, machine, model_files, numerics, versions
 from lorasmith.doctor.check import Check, Examine, guarded
 from lorasmith.errors import LorasmithError, SetupError
-from lorasmith.hub.adapter_dir import ChatSettings, is_adapter_dir, read_chat_settings, settings_asked
+from lorasmith.files.adapter_dir import ChatSettings, is_adapter_dir, read_chat_settings, settings_asked
 from lorasmith.hub.download import resolve
 
 

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from lorasmith.doctor.check import Check
 from lorasmith.errors import SetupError
 from lorasmith.families.opening import open_family
-from lorasmith.hub.adapter_dir import ADAPTER_CONFIG, ADAPTER_WEIGHTS, GOLDEN_FILE
-from lorasmith.hub.files import read_json, read_json_if_there
+from lorasmith.files.adapter_dir import ADAPTER_CONFIG, ADAPTER_WEIGHTS, GOLDEN_FILE
+from lorasmith.files.model_dir import read_json, read_json_if_there
 from lorasmith.model.load import CODE_KEYS
 from lorasmith.model.plugin_classes import family_config
 from lorasmith.runs.manifest import newest_checkpoint

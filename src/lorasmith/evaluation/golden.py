@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from lorasmith.errors import DataError, SetupError
 from lorasmith.exporting.proof import logits_of
-from lorasmith.hub.adapter_dir import GOLDEN_FILE
-from lorasmith.hub.files import read_json
+from lorasmith.files.adapter_dir import GOLDEN_FILE
+from lorasmith.files.model_dir import read_json
 from lorasmith.infer.continuation import Continuation
 from lorasmith.infer.decode import PASS_COST, context_length, stop_ids
 from lorasmith.infer.generate import with_system

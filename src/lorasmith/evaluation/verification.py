@@ -22,9 +22,9 @@ from lorasmith.evaluation.golden import (
 from lorasmith.evaluation.replay import Outcome, PromptReport, Replay, replay
 from lorasmith.families.base import Family
 from lorasmith.families.opening import open_chat, open_family
-from lorasmith.hub.adapter_dir import ChatSettings, is_adapter_dir, read_chat_settings
+from lorasmith.files.adapter_dir import ChatSettings, is_adapter_dir, read_chat_settings
+from lorasmith.files.model_dir import read_json_if_there
 from lorasmith.hub.download import resolve
-from lorasmith.hub.files import read_json_if_there
 from lorasmith.model.dtype import DTYPE_NAMES, DTYPES, resolve_device, resolve_dtype
 from lorasmith.model.load import hidden_size, load_base
 from lorasmith.model.plugin_classes import family_config

@@ -26,8 +26,8 @@ from lorasmith.errors import ConfigError, SetupError
 from lorasmith.exporting.layout import PROJECTIONS, NativeLayout, layout_around, projection_rows
 from lorasmith.exporting.native import unit_rows
 from lorasmith.exporting.staging import keep_golden, staged
-from lorasmith.hub.adapter_dir import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from lorasmith.hub.files import read_json
+from lorasmith.files.adapter_dir import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from lorasmith.files.model_dir import read_json
 from lorasmith.storage import Storage
 
 _PREFIX = "base_model.model."

@@ -26,8 +26,8 @@ from lorasmith.exporting.proof import (
     require_equal,
 )
 from lorasmith.exporting.staging import keep_golden, refuse_content, staged
-from lorasmith.hub.adapter_dir import GOLDEN_FILE
-from lorasmith.hub.files import read_json, read_json_if_there
+from lorasmith.files.adapter_dir import GOLDEN_FILE
+from lorasmith.files.model_dir import read_json, read_json_if_there
 from lorasmith.model.load import load_base, module_dtype, read_model_config, without_progress_bar
 from lorasmith.storage import Storage
 from lorasmith.text.template import ChatFormat

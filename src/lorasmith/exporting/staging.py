@@ -12,8 +12,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from lorasmith.errors import SetupError
-from lorasmith.hub.adapter_dir import GOLDEN_FILE
-from lorasmith.hub.links import refuse_links
+from lorasmith.files.adapter_dir import GOLDEN_FILE
+from lorasmith.files.links import refuse_links
 from lorasmith.storage import Storage, hidden_name, told
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")

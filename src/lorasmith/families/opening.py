@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lorasmith.families import checked_tokenizer, find_family, stop_ids_of
 from lorasmith.families.base import Family
-from lorasmith.hub.files import read_json, read_json_if_there
+from lorasmith.files.model_dir import read_json, read_json_if_there
 from lorasmith.text.loading import load_tokenizer
 from lorasmith.text.template import ChatFormat
 

@@ -1,4 +1,4 @@
-"""Rotary embedding of queries and keys in one launch: the twin of ops/rotary.py.
+"""Rotary embedding of queries and keys in one launch: the twin of attention/rotary.py.
 
 Shapes: B = rows of a batch, H = query heads, K = key heads, T = tokens, D = head size,
 R = features that turn.

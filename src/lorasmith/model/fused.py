@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.attention.layout import LayoutIndex, layout_attention_interface, layout_index
+from lorasmith.attention.rotary import rotary
 from lorasmith.ops.rms_norm import rms_norm
-from lorasmith.ops.rotary import rotary
 from lorasmith.ops.swiglu import swiglu
 from lorasmith.types import Layout
 

@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
 from lorasmith.errors import FamilyError, SetupError
-from lorasmith.hub.files import read_json
+from lorasmith.files.model_dir import read_json
 from lorasmith.native.registry import native_model_type, register_native
 
 CODE_KEYS = ("auto_map", "custom_pipelines", "_attn_implementation", "_attn_implementation_internal")

@@ -25,9 +25,9 @@ from transformers.models.glm.modeling_glm import (
     eager_attention_forward,
 )
 
+from lorasmith.attention.rotary import rotary
 from lorasmith.errors import FamilyError
 from lorasmith.native.fused_attention import attend_fused, fused_width
-from lorasmith.ops.rotary import rotary
 
 _COMPUTED = {
     "add_bias_linear": False,

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from lorasmith.config import read_yaml
 from lorasmith.errors import ConfigError, StorageError
-from lorasmith.hub.adapter_dir import ADAPTER_WEIGHTS
+from lorasmith.files.adapter_dir import ADAPTER_WEIGHTS
 from lorasmith.runs.lock import holder_told, lock_holder
 from lorasmith.runs.manifest import TrainState, damage, list_checkpoints, read_state, step_of
 from lorasmith.runs.metrics import read_metrics

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lorasmith.config import RunConfig, TrainConfig, to_yaml
 from lorasmith.errors import CheckpointError, ConfigError, SetupError
-from lorasmith.hub.adapter_dir import (
+from lorasmith.files.adapter_dir import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     CHAT_FORMAT_FILE,
@@ -18,7 +18,7 @@ from lorasmith.hub.adapter_dir import (
     ChatSettings,
     is_adapter_dir,
 )
-from lorasmith.hub.links import refuse_links
+from lorasmith.files.links import refuse_links
 from lorasmith.runs.lock import LOCK_FILE
 from lorasmith.runs.manifest import (
     STEP_NAME,

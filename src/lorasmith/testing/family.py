@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasmith.families import Family, checked_tokenizer
-from lorasmith.hub.files import read_json_if_there
+from lorasmith.files.model_dir import read_json_if_there
 from lorasmith.testing import chat_laws
 from lorasmith.testing.law import require
 from lorasmith.text.loading import load_tokenizer

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from lorasmith.errors import CheckpointError, Interrupted, NotReproducedError
-from lorasmith.hub.adapter_dir import ADAPTER_WEIGHTS
+from lorasmith.files.adapter_dir import ADAPTER_WEIGHTS
 from lorasmith.runs.manifest import (
     OPTIMIZER,
     damage,

@@ -20,7 +20,7 @@ from lorasmith.batching.fingerprint import fingerprint
 from lorasmith.batching.loader import training_loader
 from lorasmith.config import RunConfig
 from lorasmith.errors import ConfigError, DataError
-from lorasmith.hub.adapter_dir import ChatSettings
+from lorasmith.files.adapter_dir import ChatSettings
 from lorasmith.model.dtype import DTYPE_NAMES
 from lorasmith.model.load import module_dtype
 from lorasmith.model.model import Model

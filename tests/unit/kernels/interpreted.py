@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from lorasmith.attention.rotary import reference_rotary, rotary
 from lorasmith.kernels.twins import triton_twin
 from lorasmith.ops.cross_entropy import cross_entropy_sum, linear_cross_entropy
 from lorasmith.ops.dropout import DropoutMask, MaskRows, dropout_key, keep_mask, mask_hashes
 from lorasmith.ops.lora_linear import lora_linear, lora_linear_reference
 from lorasmith.ops.rms_norm import reference_rms_norm, rms_norm
-from lorasmith.ops.rotary import reference_rotary, rotary
 from lorasmith.ops.swiglu import reference_swiglu, swiglu
 
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 3e-2}

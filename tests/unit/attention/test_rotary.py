@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as glm_rotary
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rotary
 
-from lorasmith.ops.rotary import reference_rotary, rotary
+from lorasmith.attention.rotary import reference_rotary, rotary
 
 THEIRS = {False: llama_rotary, True: glm_rotary}
 

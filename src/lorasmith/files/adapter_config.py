@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from lorasmith.errors import SetupError
-from lorasmith.hub.adapter_dir import ADAPTER_CONFIG
-from lorasmith.hub.files import read_json
+from lorasmith.files.adapter_dir import ADAPTER_CONFIG
+from lorasmith.files.model_dir import read_json
 
 Check: TypeAlias = Callable[[Any], bool]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lorasmith.errors import SetupError
-from lorasmith.hub.files import read_json, read_json_if_there
+from lorasmith.files.model_dir import read_json, read_json_if_there
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PICKLED_ADAPTER_WEIGHTS = "adapter_model.bin"
