@@ -95,7 +95,7 @@ def test_a_manifest_of_another_format_is_named(arena: Arena) -> None:
     """Version 1 had the files at the top and no fingerprints."""
     newest = list_checkpoints(arena.copy_of(arena.two_checkpoints))[-1]
     (newest / "MANIFEST.json").write_text('{"state.json": {"size": 1, "sha256": "0"}}\n')
-    assert damage(newest) == "MANIFEST.json has format None, this version of lorasmith reads 2"
+    assert damage(newest) == "MANIFEST.json has format None, this version of lorasmith reads 3"
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -11,7 +11,7 @@ from torch import Tensor
 from lorasmith.attention.rotary import rotary
 from lorasmith.kernels.twins import triton_twin
 from lorasmith.ops.cross_entropy import linear_cross_entropy
-from lorasmith.ops.dropout import DropoutMask, dropout_key, keep_mask
+from lorasmith.ops.dropout import DropoutMask, dropout_key, keep_mask, token_hashes
 from lorasmith.ops.lora_linear import lora_linear
 from lorasmith.ops.rms_norm import rms_norm
 from lorasmith.ops.swiglu import swiglu
@@ -81,7 +81,8 @@ def test_lora_linear(p: float, dtype: torch.dtype) -> None:
     w = torch.randn(96, 130).to(dtype) / 11
 
     def op(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        mask = DropoutMask(p, dropout_key(1, 2, "q_proj"), torch.arange(70, device=x.device))
+        key = dropout_key(1, 2, "q_proj")
+        mask = DropoutMask(p, key, token_hashes(torch.arange(70, device=x.device), key))
         return lora_linear(x, w.to(x), None, a, b, 2.0, mask if p else None)
 
     compare(op, dtype, torch.randn(2, 35, 130), torch.randn(8, 130) / 11, torch.randn(96, 8) / 8)

@@ -3,14 +3,14 @@ activation checkpointing, whatever way a step is cut into micro-batches."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from lorasmith.ops.dropout import DropoutMask, dropout, dropout_key
+from lorasmith.ops.dropout import DropoutMask, dropout, dropout_key, token_hashes
 
 
 @dataclass
@@ -21,6 +21,17 @@ class DropoutClock:
     step: int = 0
     token_numbers: Tensor | None = None
     """(T,) Those of the row under way, on its device; None counts from 0."""
+    _hashed: tuple[int, Tensor, Tensor] | None = field(default=None, init=False, repr=False)
+    """The step, the numbers, and their hashes: all modules of a row ask for the same."""
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """(T,) hashes of the tokens of x (..., D) at this step."""
+        numbers, key = self.token_numbers, dropout_key(self.seed, self.step, "")
+        if numbers is None:
+            return token_hashes(torch.arange(x.shape[:-1].numel(), device=x.device), key)
+        if self._hashed is None or self._hashed[0] != self.step or self._hashed[1] is not numbers:
+            self._hashed = (self.step, numbers, token_hashes(numbers, key))
+        return self._hashed[2]
 
 
 class StatelessDropout(nn.Module):
@@ -36,10 +47,8 @@ class StatelessDropout(nn.Module):
         """That of x (..., D) at the clock's step; None where nothing is dropped."""
         if not self.training:
             return None
-        numbers = self.clock.token_numbers
-        if numbers is None:
-            numbers = torch.arange(x.shape[:-1].numel(), device=x.device)
-        return DropoutMask(self.p, dropout_key(self.clock.seed, self.clock.step, self.name), numbers)
+        key = dropout_key(self.clock.seed, self.clock.step, self.name)
+        return DropoutMask(self.p, key, self.clock.tokens(x))
 
     def extra_repr(self) -> str:
         return f"p={self.p}"

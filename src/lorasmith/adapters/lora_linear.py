@@ -11,7 +11,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lorasmith.adapters.dropout import StatelessDropout
-from lorasmith.ops.lora_linear import lora_linear
+from lorasmith.ops.dropout import DropoutMask
+from lorasmith.ops.lora_linear import lora_linear, swiglu_lora_linear
+from lorasmith.ops.swiglu import swiglu
 
 
 class LoraLinear(Linear):  # type: ignore[misc]
@@ -21,17 +23,22 @@ class LoraLinear(Linear):  # type: ignore[misc]
         if args or kwargs or not self._is_plain(x):
             result: Tensor = super().forward(x, *args, **kwargs)
             return result
+        return lora_linear(x, *self._operands(x))
+
+    def of_swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        """`self(swiglu(gate, up))` without a third array of their size for the backward."""
+        if _is_watched(self) or not self._is_plain(gate):
+            out: Tensor = self(swiglu(gate, up))
+            return out
+        return swiglu_lora_linear(gate, up, *self._operands(gate))
+
+    def _operands(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float, DropoutMask | None]:
+        """What `lora_linear` takes behind x."""
         name, base = self.active_adapters[0], self.base_layer
         dropout = self.lora_dropout[name]
-        return lora_linear(
-            x,
-            base.weight,
-            base.bias,
-            self.lora_A[name].weight,
-            self.lora_B[name].weight,
-            self.scaling[name],
-            dropout.mask(x) if isinstance(dropout, StatelessDropout) else None,
-        )
+        mask = dropout.mask(x) if isinstance(dropout, StatelessDropout) else None
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        return base.weight, base.bias, a, b, self.scaling[name], mask
 
     def _is_plain(self, x: Tensor) -> bool:
         """One adapter, unmerged and of no variant, over a frozen linear layer of x's dtype, without hooks."""

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lorasmith.adapters.lora_linear import LoraLinear
 from lorasmith.attention.layout import LayoutIndex, layout_attention_interface, layout_index
 from lorasmith.attention.rotary import rotary
 from lorasmith.ops.rms_norm import rms_norm
@@ -79,20 +80,22 @@ def _norm(weight_M: Tensor, eps: float) -> Forward:
 
 
 def _gated(gate: nn.Module, up: nn.Module, down: nn.Module) -> Forward:
-    return lambda x: _module_out(down, swiglu(gate(x), up(x)))
+    return lambda x: _down(down, gate(x), up(x))
 
 
 def _packed_gated(gate_up: nn.Module, down: nn.Module) -> Forward:
     def forward(x_BTM: Tensor) -> Tensor:
         gate_BTF, up_BTF = gate_up(x_BTM).chunk(2, dim=-1)
-        return _module_out(down, swiglu(gate_BTF, up_BTF))
+        return _down(down, gate_BTF, up_BTF)
 
     return forward
 
 
-def _module_out(module: nn.Module, x: Tensor) -> Tensor:
-    out: Tensor = module(x)
-    return out
+def _down(down: nn.Module, gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:
+    if isinstance(down, LoraLinear):
+        return down.of_swiglu(gate_BTF, up_BTF)
+    out_BTM: Tensor = down(swiglu(gate_BTF, up_BTF))
+    return out_BTM
 
 
 def _rotary_attention(module: Any) -> Forward:

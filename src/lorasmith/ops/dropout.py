@@ -1,8 +1,9 @@
 """Dropout without a generator: a mask is a hash of (key, token number, column), so there is no state to save.
 
-A word for each two columns: hash(token) xor hash(column), mixed once more, gives two 16-bit draws. The full
-hashes are taken once per token and per column only, and every pass over a block is in place and of one dtype,
-which torch vectorises (a comparison into bool takes it five times as long, a choice by bool thirty times).
+A word for each two columns: hash(token) xor hash(column), mixed once more, gives two 16-bit draws. All
+modules of a step share their tokens' hashes; a module's key lies in those of its columns. Every pass over a
+block is in place and of one dtype, which torch vectorises: a comparison into bool takes it five times as
+long, a choice by bool thirty times.
 
 Shapes: T = tokens of a flat row, N = rows of one block of them, D = features, W = words = ceil(D / 2).
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -23,7 +25,7 @@ _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - (1 << 32)  # the multipliers of lowbi
 
 
 def dropout_key(seed: int, step: int, module: str) -> tuple[int, int]:
-    """Two 32-bit words from (seed, step, module): equal arguments give equal masks on every machine."""
+    """Two 32-bit words from (seed, step, module): equal arguments give equal words on every machine."""
     digest = hashlib.blake2b(f"{seed}/{step}/{module}".encode(), digest_size=8).digest()
     return _signed(int.from_bytes(digest[:4], "little")), _signed(int.from_bytes(digest[4:], "little"))
 
@@ -32,13 +34,13 @@ def dropout_key(seed: int, step: int, module: str) -> tuple[int, int]:
 class DropoutMask:
     """Which elements of a (T, D) tensor stay, for any D: known by its key, drawn when needed.
 
-    `numbers_T` int64 are the tokens' numbers in their step, so a token's mask is the same however the step is
-    cut into micro-batches.
+    `tokens_T` are `token_hashes` of the tokens' numbers in their step, so a token's mask is the same however
+    the step is cut into micro-batches.
     """
 
     p: float
     key: tuple[int, int]
-    numbers_T: Tensor
+    tokens_T: Tensor
 
     @property
     def scale(self) -> float:
@@ -47,10 +49,10 @@ class DropoutMask:
 
     def factors(self, width: int, dtype: torch.dtype) -> Tensor:
         """(T, width): 1 with probability 1 - p, else 0."""
-        if twin := triton_twin("dropout", self.numbers_T.new_empty(0, dtype=dtype)):
+        if twin := triton_twin("dropout", self.tokens_T.new_empty(0, dtype=dtype)):
             factor_TD: Tensor = twin.draw(*mask_hashes(self, width), width, dtype)
             return factor_TD
-        return MaskRows(self, width, dtype, block=len(self.numbers_T)).draw(0, len(self.numbers_T))
+        return MaskRows(self, width, dtype, block=len(self.tokens_T)).draw(0, len(self.tokens_T))
 
 
 class MaskHashes(NamedTuple):
@@ -63,21 +65,31 @@ class MaskHashes(NamedTuple):
     mixers: tuple[int, int] = (_FIRST, _SECOND)
 
 
+def token_hashes(numbers_T: Tensor, key: tuple[int, int]) -> Tensor:
+    """int32 (T,): what all masks of a step are drawn from, by the step's own key."""
+    return _hash32(numbers_T.to(torch.int32), *key)
+
+
 def mask_hashes(mask: DropoutMask, width: int) -> MaskHashes:
     first, second = mask.key
-    columns_W = torch.arange((width + 1) // 2, device=mask.numbers_T.device, dtype=torch.int32)
-    return MaskHashes(
-        _hash32(mask.numbers_T.to(torch.int32), first, second),
-        _hash32(columns_W, second, first),
-        min(round(mask.p * _LEVELS), _LEVELS - 1) - _LEVELS // 2,
-    )
+    columns_W = _column_hashes((width + 1) // 2, mask.tokens_T.device) ^ first
+    columns_W *= _SECOND
+    columns_W ^= second
+    least = min(round(mask.p * _LEVELS), _LEVELS - 1) - _LEVELS // 2
+    return MaskHashes(mask.tokens_T, columns_W, least)
+
+
+@lru_cache(maxsize=32)
+def _column_hashes(words: int, device: torch.device) -> Tensor:
+    """A table: what every module of a width starts from. Nobody writes to it."""
+    return _hash32(torch.arange(words, device=device, dtype=torch.int32), 0, 0)
 
 
 class MaskRows:
     """Draws a mask of one width a block of rows at a time, into memory that it keeps."""
 
     def __init__(self, mask: DropoutMask, width: int, dtype: torch.dtype, *, block: int) -> None:
-        words, device = (width + 1) // 2, mask.numbers_T.device
+        words, device = (width + 1) // 2, mask.tokens_T.device
         tokens_T, self._columns_W, self._least, _ = mask_hashes(mask, width)
         self._tokens_T1 = tokens_T[:, None]
         self._word_NW = torch.empty(block, words, device=device, dtype=torch.int32)
@@ -105,8 +117,8 @@ def dropout(x: Tensor, mask: DropoutMask) -> Tensor:
 
 
 def keep_mask(numbers_T: Tensor, width: int, p: float, key: tuple[int, int]) -> Tensor:
-    """Boolean (T, width), True with probability 1 - p."""
-    return DropoutMask(p, key, numbers_T).factors(width, torch.float32).bool()
+    """Boolean (T, width), True with probability 1 - p, of tokens hashed by the same key."""
+    return DropoutMask(p, key, token_hashes(numbers_T, key)).factors(width, torch.float32).bool()
 
 
 def _hash32(x: Tensor, first: int, second: int) -> Tensor:

@@ -8,7 +8,7 @@ Shapes: N = rows (tokens), D = input features, O = output features, R = rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from lorasmith.kernels.twins import triton_twin
 from lorasmith.ops.dropout import DropoutMask, MaskRows, dropout, mask_hashes
 from lorasmith.ops.gemm import linear
+from lorasmith.ops.swiglu import swiglu_gradients, swiglu_value
 
 _BLOCK = 1 << 20
 """Elements of x in a block: enough to keep every thread busy, few enough to stay in cache."""
@@ -57,6 +58,28 @@ def lora_linear_reference(
     return torch.nn.functional.linear(x, w_OD, bias_O) + scaling * (dropped @ a_RD.mT @ b_OR.mT)
 
 
+def swiglu_lora_linear(
+    gate: Tensor,
+    up: Tensor,
+    w_OD: Tensor,
+    bias_O: Tensor | None,
+    a_RD: Tensor,
+    b_OR: Tensor,
+    scaling: float,
+    mask: DropoutMask | None = None,
+) -> Tensor:
+    """`lora_linear` of swiglu(gate, up), a feed-forward's way down: gate and up (..., D) -> (..., O).
+
+    It keeps gate and up, from which the backward makes the product again: with both functions apart a third
+    array of their size would be kept.
+    """
+    if not torch.is_grad_enabled():
+        return _forward(swiglu_value(gate, up), w_OD, bias_O, a_RD, b_OR, scaling, mask)[0]
+    inputs = (gate, up, w_OD, bias_O, a_RD, b_OR, scaling, mask)
+    y: Tensor = _SwiGluLoraLinear.apply(*inputs)  # type: ignore[no-untyped-call]
+    return y
+
+
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -77,15 +100,39 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, low_NR, w_OD, a_RD, b_OR = ctx.saved_tensors
-        needs_x, needs_a, needs_b = (ctx.needs_input_grad[i] for i in (0, 3, 4))
-        x_ND, dy_NO = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]).contiguous()
-        db_OR = (low_NR.t() @ dy_NO).t().to(b_OR.dtype).mul_(ctx.scale) if needs_b else None
-        dx_ND = linear(dy_NO, w_OD.t()) if needs_x else None
-        da_RD = torch.zeros_like(a_RD) if needs_a else None
-        dlow_NR = linear(dy_NO, b_OR.to(dy.dtype).t()).mul_(ctx.scale)
-        _up(dlow_NR, x_ND, a_RD.to(x.dtype), ctx.mask, dx_ND, da_RD)
-        return dx_ND if dx_ND is None else dx_ND.view(x.shape), None, None, da_RD, db_OR, None, None
+        x, *others = ctx.saved_tensors
+        needs = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
+        dx, da_RD, db_OR = _gradients(dy, x, *others, scale=ctx.scale, mask=ctx.mask, needs=needs)
+        return dx, None, None, da_RD, db_OR, None, None
+
+
+class _SwiGluLoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate: Tensor,
+        up: Tensor,
+        w_OD: Tensor,
+        bias_O: Tensor | None,
+        a_RD: Tensor,
+        b_OR: Tensor,
+        scaling: float,
+        mask: DropoutMask | None,
+    ) -> Tensor:
+        y, low_NR = _forward(swiglu_value(gate, up), w_OD, bias_O, a_RD, b_OR, scaling, mask)
+        ctx.save_for_backward(gate, up, low_NR, w_OD, a_RD, b_OR)
+        ctx.mask, ctx.scale = mask, _scale(scaling, mask)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up, *others = ctx.saved_tensors
+        needs = [any(ctx.needs_input_grad[:2]), *ctx.needs_input_grad[4:6]]
+        x = swiglu_value(gate, up)
+        dx, da_RD, db_OR = _gradients(dy, x, *others, scale=ctx.scale, mask=ctx.mask, needs=needs)
+        dgate, dup = (None, None) if dx is None else swiglu_gradients(dx, gate, up, ctx.needs_input_grad[:2])
+        return dgate, dup, None, None, da_RD, db_OR, None, None
 
 
 def _forward(
@@ -103,6 +150,28 @@ def _forward(
     y_NO = linear(x_ND, w_OD, bias_O)
     y_NO.addmm_(low_NR, b_OR.to(x.dtype).t(), alpha=_scale(scaling, mask))
     return y_NO.view(*x.shape[:-1], len(w_OD)), low_NR
+
+
+def _gradients(
+    dy: Tensor,
+    x: Tensor,
+    low_NR: Tensor,
+    w_OD: Tensor,
+    a_RD: Tensor,
+    b_OR: Tensor,
+    *,
+    scale: float,
+    mask: DropoutMask | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Those of x, A and B that are needed."""
+    x_ND, dy_NO = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]).contiguous()
+    db_OR = (low_NR.t() @ dy_NO).t().to(b_OR.dtype).mul_(scale) if needs[2] else None
+    dx_ND = linear(dy_NO, w_OD.t()) if needs[0] else None
+    da_RD = torch.zeros_like(a_RD) if needs[1] else None
+    dlow_NR = linear(dy_NO, b_OR.to(dy.dtype).t()).mul_(scale)
+    _up(dlow_NR, x_ND, a_RD.to(x.dtype), mask, dx_ND, da_RD)
+    return dx_ND if dx_ND is None else dx_ND.view(x.shape), da_RD, db_OR
 
 
 def _scale(scaling: float, mask: DropoutMask | None) -> float:
@@ -153,7 +222,7 @@ def _up(
 def _blocks(mask: DropoutMask, x_ND: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Slices of the rows, each with its ones and zeros, which the caller may overwrite."""
     num_rows, width = x_ND.shape
-    assert len(mask.numbers_T) == num_rows, (len(mask.numbers_T), num_rows)
+    assert len(mask.tokens_T) == num_rows, (len(mask.tokens_T), num_rows)
     elements = _BLOCK if x_ND.device.type == "cpu" else 16 * _BLOCK  # a GPU has no use for small pieces
     block = max(1, min(num_rows, elements // width))
     drawn = MaskRows(mask, width, x_ND.dtype, block=block)

@@ -16,7 +16,7 @@ from typing import Any
 
 from lorasmith.errors import CheckpointError
 
-FORMAT = 2
+FORMAT = 3
 """Of MANIFEST.json and state.json."""
 MANIFEST, STATE, OPTIMIZER = "MANIFEST.json", "state.json", "optimizer.safetensors"
 RECENT = 50

@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from lorasmith.kernels import cross_entropy, dropout, rms_norm, rotary, swiglu
-from lorasmith.ops.dropout import DropoutMask, mask_hashes
+from lorasmith.ops.dropout import DropoutMask, mask_hashes, token_hashes
 
 TOKENS = 4
 
@@ -64,7 +64,7 @@ def compile_row_kernels(dtype: torch.dtype) -> None:
     wide = torch.zeros(TOKENS, 14336, dtype=dtype)
     swiglu.forward(wide, wide)
     swiglu.gradients(wide, wide, wide)
-    hashes = mask_hashes(DropoutMask(0.1, (1, 2), torch.arange(TOKENS)), 4096)
+    hashes = mask_hashes(DropoutMask(0.1, (1, 2), token_hashes(torch.arange(TOKENS), (1, 2))), 4096)
     dropout.draw(*hashes, 4096, dtype)
     dropout.drop(x, *hashes)
     dropout.add_dropped(x, x, *hashes)

@@ -15,7 +15,7 @@ from torch import Tensor
 from lorasmith.attention.rotary import reference_rotary, rotary
 from lorasmith.kernels.twins import triton_twin
 from lorasmith.ops.cross_entropy import cross_entropy_sum, linear_cross_entropy
-from lorasmith.ops.dropout import DropoutMask, MaskRows, dropout_key, keep_mask, mask_hashes
+from lorasmith.ops.dropout import DropoutMask, MaskRows, dropout_key, keep_mask, mask_hashes, token_hashes
 from lorasmith.ops.lora_linear import lora_linear, lora_linear_reference
 from lorasmith.ops.rms_norm import reference_rms_norm, rms_norm
 from lorasmith.ops.swiglu import reference_swiglu, swiglu
@@ -143,7 +143,12 @@ def test_rotary_of_several_rows_with_their_own_angles() -> None:
 
 
 def mask(p: float, tokens: int) -> DropoutMask:
-    return DropoutMask(p, dropout_key(3, 7, "layers.0.q_proj"), torch.arange(tokens) * 977)
+    key = dropout_key(3, 7, "layers.0.q_proj")
+    return DropoutMask(p, key, token_hashes(numbers(tokens), key))
+
+
+def numbers(tokens: int) -> Tensor:
+    return torch.arange(tokens) * 977
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 1 - 2**-17])
@@ -151,7 +156,7 @@ def mask(p: float, tokens: int) -> DropoutMask:
 def test_masks_are_those_of_torch_bit_by_bit(p: float, width: int) -> None:
     """`MaskRows` is torch's form on every device; `keep_mask` draws by the twin."""
     drawn = MaskRows(mask(p, 6), width, torch.float32, block=6).draw(0, 6)
-    assert torch.equal(keep_mask(mask(p, 6).numbers_T, width, p, mask(p, 6).key), drawn.bool())
+    assert torch.equal(keep_mask(numbers(6), width, p, mask(p, 6).key), drawn.bool())
 
 
 @DTYPES

@@ -7,8 +7,9 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from lorasmith.ops import lora_linear as room
-from lorasmith.ops.dropout import DropoutMask, dropout_key, keep_mask
-from lorasmith.ops.lora_linear import lora_linear, lora_linear_reference
+from lorasmith.ops.dropout import DropoutMask, dropout_key, token_hashes
+from lorasmith.ops.lora_linear import lora_linear, lora_linear_reference, swiglu_lora_linear
+from lorasmith.ops.swiglu import reference_swiglu, swiglu
 
 TOKENS, INPUTS, OUTPUTS, RANK = 11, 7, 5, 3
 
@@ -31,7 +32,8 @@ def make(shape=(TOKENS, INPUTS), *, dtype=torch.float64, bias=True, trained="xab
 
 
 def mask(p=0.4, tokens=TOKENS):
-    return DropoutMask(p, dropout_key(0, 3, "q"), torch.arange(100, 100 + tokens)) if p else None
+    key = dropout_key(0, 3, "q")
+    return DropoutMask(p, key, token_hashes(torch.arange(100, 100 + tokens), key)) if p else None
 
 
 def outcome(function, inputs, drawn):
@@ -61,12 +63,57 @@ def test_gradients_are_the_differences(p, trained):
     torch.autograd.gradcheck(lambda x, a, b: lora_linear(x, w, bias, a, b, scaling, drawn), (x, a, b))
 
 
-def test_the_mask_is_keep_mask_s():
+def gated(trained="guab"):
+    """gate and up in the place of x, and the rest of `make`'s operands."""
+    _, *rest = make(trained=trained)
+    generator = torch.Generator().manual_seed(1)
+    halves = torch.randn(2, 1, TOKENS, INPUTS, generator=generator, dtype=torch.float64)
+    gate, up = (half.clone().requires_grad_(name in trained) for half, name in zip(halves, "gu", strict=True))
+    return [gate, up, *rest]
+
+
+@pytest.mark.parametrize("p", [0, 0.4])
+@pytest.mark.parametrize("trained", ["guab", "gab", "uab", "ab", "gu"])
+def test_over_swiglu_it_is_the_formula(p, trained):
+    def formula(gate, up, *rest):
+        return lora_linear_reference(reference_swiglu(gate, up), *rest)
+
+    ours, textbook = (outcome(f, gated(trained), mask(p)) for f in (swiglu_lora_linear, formula))
+    for left, right in zip(ours, textbook, strict=True):
+        torch.testing.assert_close(left, right, atol=1e-12, rtol=0)
+
+
+def test_over_swiglu_gradients_are_the_differences():
+    gate, up, w, bias, a, b, scaling = gated()
+    drawn = mask()
+    torch.autograd.gradcheck(
+        lambda gate, up, a, b: swiglu_lora_linear(gate, up, w, bias, a, b, scaling, drawn), (gate, up, a, b)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_over_swiglu_no_bit_differs_from_one_after_the_other(dtype):
+    operands = [x.detach().to(dtype).requires_grad_(x.requires_grad) for x in gated()[:-1]]
+    apart = outcome(lambda gate, up, *rest: lora_linear(swiglu(gate, up), *rest), [*operands, 1.7], mask())
+    for left, right in zip(outcome(swiglu_lora_linear, [*operands, 1.7], mask()), apart, strict=True):
+        assert torch.equal(left, right)
+
+
+def test_over_swiglu_nothing_of_the_product_s_size_is_kept():
+    gate, up, *rest = gated()
+    kept = []
+    with saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        swiglu_lora_linear(gate, up, *rest, mask())
+    large = [x for x in kept if x.numel() >= gate.numel() and x is not rest[0]]
+    assert {x.data_ptr() for x in large} <= {gate.data_ptr(), up.data_ptr(), rest[0].data_ptr()}
+
+
+def test_the_mask_is_the_one_drawn_elsewhere():
     """With A and B that pass one feature through, y shows the mask itself."""
     drawn, eye = mask(), torch.eye(INPUTS, dtype=torch.float64)
     ones = torch.ones(TOKENS, INPUTS, dtype=torch.float64)
     y = lora_linear(ones, torch.zeros_like(eye), None, eye, eye, 1.0, drawn)
-    assert torch.equal(y != 0, keep_mask(drawn.numbers_T, INPUTS, drawn.p, drawn.key))
+    assert torch.equal(y != 0, drawn.factors(INPUTS, torch.float64) != 0)
     torch.testing.assert_close(y.max().item(), 1 / 0.6)
 
 
