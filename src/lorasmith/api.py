@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from lorasmith.data.dataset import Dataset
     from lorasmith.evaluation.verification import Verification
+    from lorasmith.families.base import Family
     from lorasmith.model.model import Model
     from lorasmith.runs.progress import Reporter
     from lorasmith.storage import Storage
@@ -135,13 +136,28 @@ def load_model(
     directory = download(config.path, hub=config.hub, revision=config.revision)
     found, written = open_chat(directory, config.family, config.chat_format)
 
-    from lorasmith.model.model import Model  # torch, only now that the directory is known to be a model's
     from lorasmith.runs.run_dir import adapter_asked
 
     adapter = adapter_asked(Path(path_or_repo), adapter, checkpoint)
-    module = load_module(str(directory), family=found.name, dtype=dtype, device=device, adapter=adapter)
-    settled = config.model_copy(update={"family": found.name})
-    return Model(module, written.tokenizer, found, written, directory, settled, chat.system)
+    return opened_model(config, directory, found, written, adapter=adapter, system=chat.system)
+
+
+def opened_model(
+    config: ModelConfig,
+    directory: Path,
+    family: Family,
+    chat_format: ChatFormat,
+    *,
+    adapter: str | None = None,
+    system: str | None = None,
+) -> Model:
+    """The model of a directory whose family and chat format are known: only weights are to be read."""
+    from lorasmith.model.model import Model  # torch, only now that the directory is known to be a model's
+
+    asked: dict[str, Any] = {"dtype": config.dtype, "device": config.device, "adapter": adapter}
+    module = load_module(str(directory), family=family.name, **asked)
+    settled = config.model_copy(update={"path": _absolute(config.path), "family": family.name})
+    return Model(module, chat_format.tokenizer, family, chat_format, directory, settled, system)
 
 
 def load_dataset(path: str, model: Model | ChatFormat, **options: Any) -> Dataset:

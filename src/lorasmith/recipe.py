@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lorasmith.api import Resume, Run, download, load_model, require_resumable, train
+from lorasmith.api import Resume, Run, download, opened_model, require_resumable, train
 from lorasmith.config import LoraConfig, RunConfig
 from lorasmith.errors import ConfigError
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lorasmith.families.base import Family
     from lorasmith.memory.estimate import Plan
     from lorasmith.runs.progress import Reporter
+    from lorasmith.text.template import ChatFormat
 
 
 def run(
@@ -46,9 +47,7 @@ def run(
     if on_data:
         on_data(prepared.data)
     _adapted_on_meta(prepared, config.lora)
-    base, found = config.model, prepared.family.name
-    asked: dict[str, Any] = base.model_dump(include={"hub", "revision", "chat_format", "dtype", "device"})
-    model = load_model(base.path, family=found, **asked)
+    model = opened_model(config.model, prepared.directory, prepared.family, prepared.chat_format)
     return train(
         model,
         prepared.data,
@@ -101,12 +100,14 @@ def plan(config: RunConfig) -> Plan:
 class _Prepared:
     directory: Path
     family: Family
+    chat_format: ChatFormat
     data: Dataset
 
 
 def _prepare(config: RunConfig, *, rejects_path: Path | None) -> _Prepared:
     from lorasmith.data.dataset import load
     from lorasmith.families.opening import context_length, open_chat
+    from lorasmith.files.adapter_dir import is_adapter_dir
 
     for key, value in {"model.path": config.model.path, "data.train": config.data.train}.items():
         if not value:
@@ -114,10 +115,16 @@ def _prepare(config: RunConfig, *, rejects_path: Path | None) -> _Prepared:
     if not config.train.output_dir:
         raise ConfigError("train.output_dir is not set", fix="give it in the config or by --output-dir")
     directory = download(config.model.path, hub=config.model.hub, revision=config.model.revision)
+    if is_adapter_dir(directory):
+        raise ConfigError(
+            "model.path is a run or an adapter, not a base model",
+            where=str(directory),
+            fix="name its base model there; lora.init_from goes on from an adapter",
+        )
     family, chat_format = open_chat(directory, config.model.family, config.model.chat_format)
     limit = context_length(directory)
     data = load(config.data, chat_format, model_max_length=limit, rejects_path=rejects_path)
-    return _Prepared(directory, family, data)
+    return _Prepared(directory, family, chat_format, data)
 
 
 def _adapted_on_meta(prepared: _Prepared, lora: LoraConfig) -> peft.PeftModel:

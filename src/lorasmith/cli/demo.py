@@ -38,7 +38,7 @@ def demo(
     typer.echo("The embedded base model learns a voice from the embedded persona; then it answers")
     typer.echo(f"{len(questions)} held-out questions, as it was before and as it is after.\n")
     with stops_told():
-        run = run_recipe(recipe, on_data=_say_data_and_load_torch)
+        run = run_recipe(recipe, on_data=_start_small)
     before, after = answers(api.load_model(str(run_dir), dtype=recipe.model.dtype), questions)
     _show(questions, before, after)
     typer.echo(
@@ -51,11 +51,10 @@ def demo(
     typer.echo("yours    lorasmith train --model DIR_OR_NAME --data rows.json --output-dir runs/mine")
 
 
-def _say_data_and_load_torch(data: Dataset) -> None:
-    """Torch takes seconds to load: what is known without it is told first."""
-    from lorasmith.cli.train import say_data
+def _start_small(data: Dataset) -> None:
+    from lorasmith.cli.train import say_data_and_load_libraries
 
-    say_data(data)
+    say_data_and_load_libraries(data)
     import torch
 
     # Its tensors are tiny: more threads only wait for each other, for long where other programs run.

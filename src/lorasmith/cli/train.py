@@ -78,14 +78,15 @@ def train(
         return
     asked: dict[str, Any] = {"resume": how, "allow_changes": allow_change or []}
     if json_:
+        from lorasmith.cli.libraries import load_libraries
         from lorasmith.runs.progress import EventReporter
 
         with stops_told():
-            run = run_recipe(recipe, reporter=EventReporter(), **asked)
+            run = run_recipe(recipe, reporter=EventReporter(), on_data=lambda data: load_libraries(), **asked)
         typer.echo(without_secrets(json.dumps(asdict(run), default=str)))
         return
     with stops_told():
-        run = run_recipe(recipe, on_data=say_data, **asked)
+        run = run_recipe(recipe, on_data=say_data_and_load_libraries, **asked)
     if not run.proved:  # a proof has said what came out, and made nothing new
         typer.echo(describe_run(run))
 
@@ -106,6 +107,14 @@ def say_data(data: Dataset) -> None:
     typer.echo(f"data: {len(data):,} rows to train on{held_out} ({report.format}: {report.format_reason})")
     for warning in data.warnings:
         typer.echo(f"warning: {without_secrets(warning)}", err=True)
+
+
+def say_data_and_load_libraries(data: Dataset) -> None:
+    """They take seconds to load: what is known without them is told first."""
+    from lorasmith.cli.libraries import load_libraries
+
+    say_data(data)
+    load_libraries()
 
 
 def describe_plan(recipe: RunConfig, plan: Plan) -> str:
