@@ -1,26 +1,32 @@
-"""What each lever of training gives: seconds of a step with it switched off over seconds with all of them.
+"""What each lever of training gives: a step with it switched off beside one with all of them on.
 
 A random Llama and random conversations as long as those of persona data (64 tokens, of which 13 are a shared
-head and 24 are supervised), 16 to a step. It takes some minutes and writes levers.json.
+head and 24 are supervised), 16 to a step. Every lever has its turn in each round; seconds are medians of the
+rounds, memory is the peak of one step beyond weights and adapter, as torch's allocator counts it. About two
+minutes on 4 quiet cores. Prints the table of docs/performance.md and writes levers.json, which holds it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import date
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
+import tables
 import torch
 import torch.nn.functional as F
+from ops import machine
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorasmith.adapters.dropout import DropoutClock
@@ -33,29 +39,29 @@ from lorasmith.training.step import accumulate_gradients
 from lorasmith.types import IGNORE_INDEX, Example, Layout
 
 Off = Callable[[], AbstractContextManager[object]]
-CONVERSATIONS, BATCH_SIZE = 64, 16
+CONVERSATIONS, BATCH_SIZE, VOCABULARY = 32, 16, 32_000
 
 
 def conversations() -> list[Example]:
     draw = np.random.default_rng(0)
-    head = draw.integers(0, 32_000, 13)
+    head = draw.integers(0, VOCABULARY, 13)
     rows = []
     for _ in range(CONVERSATIONS):
         question, answer = 6 + int(draw.gamma(2, 10)), 4 + int(draw.gamma(2, 10))
-        ids = np.concatenate([head, draw.integers(0, 32_000, question + answer)])
+        ids = np.concatenate([head, draw.integers(0, VOCABULARY, question + answer)])
         labels = np.where(np.arange(len(ids)) >= len(head) + question - 1, ids, IGNORE_INDEX)
         rows.append(Example(ids, labels))
     return rows
 
 
-def tuned(layers: int, dropout: float) -> tuple[torch.nn.Module, DropoutClock]:
+def tuned(hidden: int, layers: int, dropout: float) -> tuple[torch.nn.Module, DropoutClock]:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=32_000,
-        hidden_size=768,
-        intermediate_size=2048,
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=hidden * 8 // 3,
         num_hidden_layers=layers,
-        num_attention_heads=12,
+        num_attention_heads=hidden // 64,
     )
     clock = DropoutClock(seed=0)
     lora = LoraConfig(r=8, lora_alpha=32, lora_dropout=dropout, target_modules="all-linear")
@@ -82,7 +88,7 @@ def whole_logits() -> Iterator[None]:
 
 
 LEVERS: dict[str, Off] = {
-    "all levers on": nullcontext,
+    tables.ALL_ON: nullcontext,
     "tiles of segments (a dense mask instead)": partial(
         patch, "lorasmith.attention.layout.layout_attention", dense_attention
     ),
@@ -105,55 +111,92 @@ ROWS: dict[str, dict[str, object]] = {
 }
 
 
-def seconds(rows: PackedModule, loader: Loader) -> float:
-    """Of all steps of an epoch, forward and backward."""
-    started = time.perf_counter()
-    for step in range(loader.steps_per_epoch):
-        rows.clock.step = step
-        batches = loader.step(step)
-        accumulate_gradients(rows, batches, sum(batch.num_targets for batch in batches))
-        rows.module.zero_grad(set_to_none=True)
-    return time.perf_counter() - started
+class Contest(NamedTuple):
+    """One way to train: a model, what is switched off in it, and its rows."""
+
+    model: tuple[torch.nn.Module, DropoutClock]
+    off: Off
+    loader: Loader
 
 
-def measure(layers: int, rounds: int) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = {}
-    examples = conversations()
-    whole = {"batch_size": BATCH_SIZE, "max_tokens": 4096, "seed": 0, "shuffle": True}
-    module, clock = tuned(layers, dropout=0.1)
-    without, clock_without = tuned(layers, dropout=0.0)
-    for turn in range(rounds + 1):
-        took = {}
-        for name, off in LEVERS.items():
-            with off(), packed(module, clock) as rows:
-                took[name] = seconds(rows, Loader(examples, **whole))
-        for name, changed in ROWS.items():
-            with packed(module, clock) as rows:
-                took[name] = seconds(rows, Loader(examples, **{**whole, **changed}))
-        with packed(without, clock_without) as rows:
-            took["dropout is 0 (what dropout costs)"] = seconds(rows, Loader(examples, **whole))
-        for name, value in took.items() if turn else ():  # the first round warms up
-            found.setdefault(name, []).append(value)
-    return found
+def contests(hidden: int, layers: int) -> dict[str, Contest]:
+    rows, with_dropout = conversations(), tuned(hidden, layers, dropout=0.1)
+
+    def loader(**changed: Any) -> Loader:
+        whole = {"batch_size": BATCH_SIZE, "max_tokens": 4096, "seed": 0, "shuffle": True}
+        return Loader(rows, **{**whole, **changed})
+
+    found = {name: Contest(with_dropout, off, loader()) for name, off in LEVERS.items()}
+    found |= {name: Contest(with_dropout, nullcontext, loader(**changed)) for name, changed in ROWS.items()}
+    without = Contest(tuned(hidden, layers, dropout=0.0), nullcontext, loader())
+    return {**found, "dropout is 0 (what dropout costs)": without}
+
+
+def take_step(rows: PackedModule, loader: Loader, step: int) -> None:
+    """Forward and backward; the gradients are dropped."""
+    rows.clock.step = step
+    batches = loader.step(step)
+    accumulate_gradients(rows, batches, sum(batch.num_targets for batch in batches))
+    rows.module.zero_grad(set_to_none=True)
+
+
+def seconds_of(contest: Contest) -> float:
+    """Of a step, over an epoch, after one that warms up."""
+    with contest.off(), packed(*contest.model) as rows:
+        take_step(rows, contest.loader, 0)
+        started = time.perf_counter()
+        for step in range(contest.loader.steps_per_epoch):
+            take_step(rows, contest.loader, step)
+        return (time.perf_counter() - started) / contest.loader.steps_per_epoch
+
+
+def peak_bytes(contest: Contest) -> int:
+    """The most that one step held at once, beyond what was there before it."""
+    with contest.off(), packed(*contest.model) as rows:
+        take_step(rows, contest.loader, 0)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            take_step(rows, contest.loader, 0)
+    with tempfile.TemporaryDirectory() as scratch:
+        trace = Path(scratch) / "trace.json"
+        profiled.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]"]
+    return int(np.cumsum([change for _, change in sorted(changes)]).max())
+
+
+def measure(hidden: int, layers: int, rounds: int) -> list[dict[str, Any]]:
+    took: dict[str, list[float]] = {}
+    found = contests(hidden, layers)
+    for _ in range(rounds):
+        for name, contest in found.items():
+            took.setdefault(name, []).append(seconds_of(contest))
+    peaks = {name: peak_bytes(contest) for name, contest in found.items()}
+    rows = [
+        {"lever": name, "seconds": statistics.median(times), "least": min(times), "peak_bytes": peaks[name]}
+        for name, times in took.items()
+    ]
+    return sorted(rows, key=lambda row: -row["seconds"])
 
 
 def main() -> None:
-    asked = argparse.ArgumentParser(description=__doc__)
-    asked.add_argument("--layers", type=int, default=8)
+    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    asked.add_argument("--hidden", type=int, default=512)
+    asked.add_argument("--layers", type=int, default=4)
     asked.add_argument("--rounds", type=int, default=3)
     asked.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     args = asked.parse_args()
-    found = {name: statistics.median(took) for name, took in measure(args.layers, args.rounds).items()}
-    whole = found["all levers on"]
-    for name, took in sorted(found.items(), key=lambda item: -item[1]):
-        print(f"{took / whole:5.2f} x  {took:6.2f} s  {name}")
-    machine = {
-        "threads": torch.get_num_threads(),
-        "processor": platform.machine(),
-        "torch": torch.__version__,
+    described = machine()
+    shape = {"hidden_size": args.hidden, "layers": args.layers, "vocab_size": VOCABULARY, "dtype": "fp32"}
+    results = measure(args.hidden, args.layers, args.rounds)
+    told = {
+        "date": str(date.today()),
+        "machine": described,
+        "shape": shape,
+        "rounds": args.rounds,
+        "results": results,
     }
-    told = {"date": str(date.today()), "machine": machine, "layers": args.layers, "seconds": found}
-    args.out.write_text(json.dumps(told, indent=1) + "\n")
+    args.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    print(*tables.levers(told), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""Times each fused op against its own reference and against transformers' module, forward and backward.
+"""Times each fused op against its own reference and against the library's, forward and backward.
 
-Writes a JSON with the machine (benchmarks/ops.json by default) and prints a table. Rounds alternate between
-the contestants, so that a busy machine slows all of them; the medians are given, and the minima beside them.
+The library's is what would run without us: transformers' module, peft's layer, torch's own function. Rounds
+alternate between the contestants, so that a busy machine slows all of them; the medians are given, and the
+minima beside them. Under two minutes on 4 quiet cores. Prints the table of docs/performance.md and writes
+ops.json, which holds it.
 Legend: T = tokens, N = supervised rows, D = hidden or head size, H = heads, F = features between the MLP's
 projections, V = vocabulary.
 """
@@ -15,24 +17,31 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peft
+import tables
 import torch
 import torch.nn.functional as F
 import transformers
+from attention import layout_attention, layout_index, prefix_layout, visible
+from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor
+from torch.func import functional_call
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from lorasmith.attention.rotary import reference_rotary, rotary
 from lorasmith.ops.cross_entropy import cross_entropy_sum, linear_cross_entropy
+from lorasmith.ops.dropout import DropoutMask, dropout, dropout_key
+from lorasmith.ops.lora_linear import lora_linear, lora_linear_reference
 from lorasmith.ops.rms_norm import reference_rms_norm, rms_norm
 from lorasmith.ops.swiglu import reference_swiglu, swiglu
 
-TOKENS, ROWS, HIDDEN, FEATURES, HEADS = 860, 370, 768, 2048, 12
+TOKENS, ROWS, HIDDEN, FEATURES, HEADS, RANK = 860, 370, 768, 2048, 12, 8
 """Of a step of the demo-sized measurements: a 160M Llama on packed conversations."""
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
@@ -84,6 +93,49 @@ def rotary_case() -> Case:
     return Case(f"rotary T={TOKENS} H={HEADS} D={size}", tuple(flat), contestants)
 
 
+def dropout_case() -> Case:
+    x, mask = torch.randn(TOKENS, HIDDEN, requires_grad=True), mask_of(TOKENS)
+    contestants: dict[str, Function] = {
+        "ours": lambda x: dropout(x, mask),
+        "reference": lambda x: x * mask.factors(HIDDEN, x.dtype) * mask.scale,
+        "library": lambda x: F.dropout(x, mask.p),
+    }
+    return Case(f"dropout T={TOKENS} D={HIDDEN}", (x,), contestants)
+
+
+def lora_case() -> Case:
+    """The library's with the same dropout, as it trains."""
+    base = torch.nn.Linear(HIDDEN, FEATURES, bias=False).requires_grad_(False)
+    config = peft.LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.1)
+    layer = PeftLinear(base, "default", config, r=RANK, lora_alpha=RANK).train()
+    x = torch.randn(TOKENS, HIDDEN, requires_grad=True)
+    down, up = torch.randn(RANK, HIDDEN, requires_grad=True), torch.randn(FEATURES, RANK, requires_grad=True)
+    names, mask = ("lora_A.default.weight", "lora_B.default.weight"), mask_of(TOKENS)
+    contestants: dict[str, Function] = {
+        "ours": lambda x, a, b: lora_linear(x, base.weight, None, a, b, 1.0, mask),
+        "reference": lambda x, a, b: lora_linear_reference(x, base.weight, None, a, b, 1.0, mask),
+        "library": lambda x, a, b: functional_call(layer, dict(zip(names, (a, b), strict=True)), (x,)),
+    }
+    return Case(f"lora_linear T={TOKENS} D={HIDDEN} F={FEATURES} r={RANK}", (x, down, up), contestants)
+
+
+def attention_case() -> Case:
+    """Packed conversations on one prefix; the reference and the library's need a dense mask."""
+    layout, size = prefix_layout(), HIDDEN // HEADS
+    tokens, index, seen, scale = int(layout.starts[-1]), layout_index(layout), visible(layout), size**-0.5
+    inputs = tuple(torch.randn(HEADS, tokens, size, requires_grad=True) for _ in range(3))
+    contestants: dict[str, Function] = {
+        "ours": lambda q, k, v: layout_attention(q, k, v, index, scale),
+        "reference": lambda q, k, v: (q @ k.mT * scale).masked_fill(~seen, -torch.inf).softmax(-1) @ v,
+        "library": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, seen, scale=scale),
+    }
+    return Case(f"layout_attention T={tokens} H={HEADS} D={size}", inputs, contestants)
+
+
+def mask_of(tokens: int) -> DropoutMask:
+    return DropoutMask(0.1, dropout_key(0, 0, "case"), torch.arange(tokens))
+
+
 def loss_case(vocabulary: int) -> Case:
     hidden, head = torch.randn(ROWS, HIDDEN, requires_grad=True), torch.randn(vocabulary, HIDDEN) * 0.02
     labels, weights = torch.randint(vocabulary, (ROWS,)), torch.ones(ROWS)
@@ -99,6 +151,9 @@ CASES: tuple[Callable[[], Case], ...] = (
     norm_case,
     swiglu_case,
     rotary_case,
+    dropout_case,
+    lora_case,
+    attention_case,
     lambda: loss_case(32_000),
     lambda: loss_case(102_400),
 )
@@ -155,31 +210,18 @@ def cpu_model() -> str:
     return names[0] if names else platform.processor()
 
 
-def table(results: Sequence[dict[str, Any]]) -> Iterator[str]:
-    names = ("ours", "reference", "library")
-    heads = "".join(f"{name:>16s}" for name in names)
-    yield f"{'median ms (forward + backward)':48s}{heads}{'speed-up':>10s}{'of minima':>10s}"
-    for result in results:
-        cells = [result[name] for name in names]
-        columns = "".join(f"{c['forward_ms']:8.2f}+{c['backward_ms']:<7.2f}" for c in cells)
-        ratios = (cells[2][key] / cells[0][key] for key in ("both_ms", "both_min_ms"))
-        yield f"{result['case']:48s}{columns}{''.join(f'{ratio:9.2f}x' for ratio in ratios)}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument(
-        "--quick", action="store_true", help="3 rounds instead of 20, and the smaller vocabulary"
-    )
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--quick", action="store_true", help="2 rounds, and the smaller vocabulary")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"), help="JSON to write")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    cases = CASES[:-1] if arguments.quick else CASES
+    cases, rounds = (CASES[:-1], 2) if arguments.quick else (CASES, arguments.rounds)
     described = machine()
-    results = [measure(make(), rounds=3 if arguments.quick else 20) for make in cases]
-    text = json.dumps({"machine": described, "results": results}, indent=2)
-    arguments.out.write_text(text + "\n", encoding="utf-8")
-    print(*table(results), sep="\n")
+    told = {"machine": described, "results": [measure(make(), rounds) for make in cases]}
+    arguments.out.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    print(*tables.ops(told), sep="\n")
     print(f"{described['cpu']}, {described['threads']} threads, torch {described['torch']}; {arguments.out}")
 
 
