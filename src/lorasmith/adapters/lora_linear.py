@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lorasmith.adapters.dropout import StatelessDropout
 from lorasmith.ops.dropout import DropoutMask
 from lorasmith.ops.lora_linear import lora_linear, swiglu_lora_linear
+from lorasmith.ops.rms_norm import Normed
 from lorasmith.ops.swiglu import swiglu
 
 
@@ -24,6 +25,12 @@ class LoraLinear(Linear):  # type: ignore[misc]
             result: Tensor = super().forward(x, *args, **kwargs)
             return result
         return lora_linear(x, *self._operands(x))
+
+    def of_normed(self, x: Tensor, normed: Normed) -> Tensor:
+        """`self(x)` without keeping x, an RMS norm's output, for the backward."""
+        if not self._is_plain(x):
+            return LoraLinear.forward(self, x)
+        return lora_linear(x, *self._operands(x), normed=normed)
 
     def of_swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
         """`self(swiglu(gate, up))` without a third array of their size for the backward."""

@@ -7,22 +7,27 @@ Shapes: B = rows of a batch, T = tokens, M = hidden size, H = heads, D = head si
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lorasmith.adapters.lora_linear import LoraLinear
 from lorasmith.attention.layout import LayoutIndex, layout_attention_interface, layout_index
 from lorasmith.attention.rotary import rotary
-from lorasmith.ops.rms_norm import rms_norm
+from lorasmith.ops.rms_norm import Normed, traced_rms_norm
 from lorasmith.ops.swiglu import swiglu
 from lorasmith.types import Layout
 
 Forward = Callable[..., Any]
+Origins: TypeAlias = MutableMapping[Tensor, Normed]
+"""Of the outputs of RMS norms that still live."""
+_WAYS_DOWN = ("down_proj", "dense_4h_to_h")
+"""The field's names for what a feed-forward ends with: it reads a product, never a norm."""
 
 
 @contextmanager
@@ -32,15 +37,18 @@ def fused_ops(module: nn.Module) -> Iterator[None]:
     To be entered when the module's attention goes by a Layout.
     """
     proved: dict[type[nn.Module], bool] = {}
+    origins: Origins = WeakTensorKeyDictionary()
     with ExitStack() as stack:
         for part in list(module.modules()):
-            ours = _fused_forward(part)
+            ours = _fused_forward(part, origins)
             if ours is None:
                 continue
             if type(part) not in proved:
                 proved[type(part)] = _agree(part, ours)
             if proved[type(part)]:
                 stack.enter_context(replaced_forward(part, ours))
+        for linear in _beside_the_ways_down(module):
+            stack.enter_context(replaced_forward(linear, _of_normed(linear, origins)))
         yield
 
 
@@ -58,25 +66,49 @@ def replaced_forward(module: nn.Module, forward: Forward) -> Iterator[None]:
             vars(module)["forward"] = before
 
 
-def _fused_forward(module: nn.Module) -> Forward | None:
+def _fused_forward(module: nn.Module, origins: Origins) -> Forward | None:
     """Ours for a module that has the parts of an RMS norm or of a SwiGLU feed-forward."""
     parts = dict(module.named_children())
     if parts.keys() >= {"q_proj", "k_proj", "v_proj", "o_proj"}:
         return _rotary_attention(module)
     if parts.keys() >= {"gate_proj", "up_proj", "down_proj"}:
         return _gated(parts["gate_proj"], parts["up_proj"], parts["down_proj"])
-    for packed, down in (("gate_up_proj", "down_proj"), ("dense_h_to_4h", "dense_4h_to_h")):
+    for packed, down in zip(("gate_up_proj", "dense_h_to_4h"), _WAYS_DOWN, strict=True):
         if parts.keys() >= {packed, down}:
             return _packed_gated(parts[packed], parts[down])
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     own = dict(module.named_parameters(recurse=False))
     if not parts and own.keys() == {"weight"} and own["weight"].ndim == 1 and isinstance(eps, float):
-        return _norm(own["weight"], eps)
+        return _norm(own["weight"], eps, origins)
     return None
 
 
-def _norm(weight_M: Tensor, eps: float) -> Forward:
-    return lambda x: rms_norm(x, weight_M, eps)
+def _norm(weight_M: Tensor, eps: float, origins: Origins) -> Forward:
+    def forward(x_BTM: Tensor) -> Tensor:
+        out_BTM, normed = traced_rms_norm(x_BTM, weight_M, eps)
+        if out_BTM.requires_grad:
+            origins[out_BTM] = normed
+        return out_BTM
+
+    return forward
+
+
+def _of_normed(linear: LoraLinear, origins: Origins) -> Forward:
+    def forward(x: Tensor) -> Tensor:
+        normed = origins.get(x)
+        return LoraLinear.forward(linear, x) if normed is None else linear.of_normed(x, normed)
+
+    return forward
+
+
+def _beside_the_ways_down(module: nn.Module) -> list[LoraLinear]:
+    """Adapted layers that may read a norm's output, but those whose forward somebody has wrapped."""
+    named = {name: part for name, part in module.named_modules() if isinstance(part, LoraLinear)}
+    return [
+        part
+        for name, part in named.items()
+        if name.rpartition(".")[2] not in _WAYS_DOWN and "forward" not in vars(part)
+    ]
 
 
 def _gated(gate: nn.Module, up: nn.Module, down: nn.Module) -> Forward:

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from lorasmith.kernels.twins import triton_twin
 from lorasmith.ops.dropout import DropoutMask, MaskRows, dropout, mask_hashes
 from lorasmith.ops.gemm import linear
+from lorasmith.ops.rms_norm import Normed
 from lorasmith.ops.swiglu import swiglu_gradients, swiglu_value
 
 _BLOCK = 1 << 20
@@ -32,15 +33,18 @@ def lora_linear(
     b_OR: Tensor,
     scaling: float,
     mask: DropoutMask | None = None,
+    normed: Normed | None = None,
 ) -> Tensor:
     """x (..., D) -> (..., O). Gradients for x, A and B; W and the bias are frozen.
 
     The branch is computed in x's dtype, which is W's; A and B may be wider (fp32 masters over a bf16 base)
-    and their gradients come out in their own dtype.
+    and their gradients come out in their own dtype. Where x was `normed`, the backward makes it again from
+    what the norm keeps anyway.
     """
     if not torch.is_grad_enabled():  # a token of generation would spend a third of its time in autograd
         return _forward(x, w_OD, bias_O, a_RD, b_OR, scaling, mask)[0]
-    y: Tensor = _LoraLinear.apply(x, w_OD, bias_O, a_RD, b_OR, scaling, mask)  # type: ignore[no-untyped-call]
+    inputs = (x, w_OD, bias_O, a_RD, b_OR, scaling, mask, normed)
+    y: Tensor = _LoraLinear.apply(*inputs)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -91,19 +95,27 @@ class _LoraLinear(torch.autograd.Function):
         b_OR: Tensor,
         scaling: float,
         mask: DropoutMask | None,
+        normed: Normed | None,
     ) -> Tensor:
         y, low_NR = _forward(x, w_OD, bias_O, a_RD, b_OR, scaling, mask)
-        ctx.save_for_backward(x, low_NR, w_OD, a_RD, b_OR)
-        ctx.mask, ctx.scale = mask, _scale(scaling, mask)
+        kept = [x] if normed is None else [normed.x_TD, normed.weight_D, normed.rstd]
+        ctx.save_for_backward(low_NR, w_OD, a_RD, b_OR, *kept)
+        ctx.mask, ctx.scale, ctx.remade = mask, _scale(scaling, mask), None
+        if normed is not None:
+            ctx.remade = normed.remade
+            ctx.remade.users += 1
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, *others = ctx.saved_tensors
+        low_NR, w_OD, a_RD, b_OR, *kept = ctx.saved_tensors
+        x = kept[0] if ctx.remade is None else ctx.remade.take(*kept)
         needs = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
-        dx, da_RD, db_OR = _gradients(dy, x, *others, scale=ctx.scale, mask=ctx.mask, needs=needs)
-        return dx, None, None, da_RD, db_OR, None, None
+        dx, da_RD, db_OR = _gradients(
+            dy, x, low_NR, w_OD, a_RD, b_OR, scale=ctx.scale, mask=ctx.mask, needs=needs
+        )
+        return dx, None, None, da_RD, db_OR, None, None, None
 
 
 class _SwiGluLoraLinear(torch.autograd.Function):

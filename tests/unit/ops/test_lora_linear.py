@@ -9,6 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from lorasmith.ops import lora_linear as room
 from lorasmith.ops.dropout import DropoutMask, dropout_key, token_hashes
 from lorasmith.ops.lora_linear import lora_linear, lora_linear_reference, swiglu_lora_linear
+from lorasmith.ops.rms_norm import traced_rms_norm
 from lorasmith.ops.swiglu import reference_swiglu, swiglu
 
 TOKENS, INPUTS, OUTPUTS, RANK = 11, 7, 5, 3
@@ -106,6 +107,26 @@ def test_over_swiglu_nothing_of_the_product_s_size_is_kept():
         swiglu_lora_linear(gate, up, *rest, mask())
     large = [x for x in kept if x.numel() >= gate.numel() and x is not rest[0]]
     assert {x.data_ptr() for x in large} <= {gate.data_ptr(), up.data_ptr(), rest[0].data_ptr()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_behind_a_norm_no_bit_differs_and_nothing_is_kept_but_the_norm_s_own(dtype):
+    x, _, _, *pair = (t.detach().to(dtype) if isinstance(t, torch.Tensor) else t for t in make(bias=False))
+    weights, gain = [torch.randn(OUTPUTS, INPUTS).to(dtype) for _ in range(3)], torch.randn(INPUTS).to(dtype)
+    found = []
+    for remade in (False, True):
+        leaf, a, b = (t.clone().requires_grad_() for t in (x, *pair[:2]))
+        kept = []
+        with saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            out, normed = traced_rms_norm(leaf, gain, 1e-6)
+            origin = normed if remade else None
+            ys = [lora_linear(out, w, None, a, b, 1.7, mask(), origin) for w in weights]
+        assert any(t.data_ptr() == out.data_ptr() for t in kept) is not remade
+        torch.stack(ys).float().square().sum().backward()
+        found.append([torch.stack(ys), leaf.grad, a.grad, b.grad])
+        assert normed.remade._made is None, "the last of the three has dropped it"
+    for left, right in zip(*found, strict=True):
+        assert torch.equal(left, right)
 
 
 def test_the_mask_is_the_one_drawn_elsewhere():
