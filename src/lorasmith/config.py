@@ -143,6 +143,9 @@ class TrainConfig(Section):
         "auto",
         description="Recompute activations: less memory, a third more work. auto: as few layers as needed.",
     )
+    fp8_base: bool = Field(
+        False, description="The frozen base multiplies in fp8 while it trains (Ada, Hopper and later)."
+    )
     max_skipped_steps: PositiveInt = Field(
         3, description="Stop after this many steps in a row whose loss or gradient is not finite."
     )

@@ -77,7 +77,8 @@ def plan(config: RunConfig) -> Plan:
     rows = [batch for n in range(min(50, loader.steps_per_epoch)) for batch in loader.step(n)]
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(config.model.dtype, device, hidden_size(model.get_base_model().config))
-    needed, free = needed_memory(model, rows, dtype, device), free_memory(device)
+    needed = needed_memory(model, rows, dtype, device, fp8_base=config.train.fp8_base)
+    free = free_memory(device)
     layers = layers_asked(model, config.train.activation_checkpointing, free, lambda n: needed(n).total)
     return Plan(
         family=prepared.family.name,

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Op = Literal["cross_entropy", "dropout", "rms_norm", "rotary", "swiglu"]
+Op = Literal["cross_entropy", "dropout", "fp8", "rms_norm", "rotary", "swiglu"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -17,6 +17,7 @@ from lorasmith.adapters.lora import peft_lora_config, quiet_peft
 from lorasmith.config import LoraConfig
 from lorasmith.errors import ConfigError
 from lorasmith.model.checkpointing import decoder_layers
+from lorasmith.model.fp8 import frozen_linears
 from lorasmith.model.load import empty_module
 from lorasmith.types import IGNORE_INDEX, Batch
 
@@ -135,6 +136,7 @@ def estimate_memory(
     row_tokens: int,
     row_targets: int,
     on_gpu: bool,
+    saved_by_fp8: int = 0,
 ) -> MemoryEstimate:
     """Peak memory of a step whose largest row has `row_tokens` tokens, `row_targets` of them with a label.
 
@@ -146,16 +148,22 @@ def estimate_memory(
     tile = min(_GPU_TILE if on_gpu else _CPU_TILE, 4 * row_targets * widths.vocabulary)
     head = row_targets * 3 * widths.hidden * dtype.itemsize + 3 * tile
     return MemoryEstimate(
-        weights=(count.total - count.trainable) * dtype.itemsize,
+        weights=(count.total - count.trainable) * dtype.itemsize - saved_by_fp8,
         adapter=16 * count.trainable,
         activations=row_tokens * per_token * dtype.itemsize + head,
     )
 
 
 def needed_memory(
-    model: peft.PeftModel, rows: Sequence[Batch], dtype: torch.dtype, device: torch.device
+    model: peft.PeftModel,
+    rows: Sequence[Batch],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    fp8_base: bool = False,
 ) -> Callable[[int], MemoryEstimate]:
     """What training `model` on rows like these takes, by how many layers recompute."""
+    in_fp8 = frozen_linears(model) if fp8_base else []
     return partial(
         estimate_memory,
         widths=activation_widths(model),
@@ -164,6 +172,7 @@ def needed_memory(
         row_tokens=max(len(row.input_ids) for row in rows),
         row_targets=max(int((row.labels != IGNORE_INDEX).sum()) for row in rows),
         on_gpu=device.type == "cuda",
+        saved_by_fp8=sum(linear.weight.numel() for linear in in_fp8) * (dtype.itemsize - 1),
     )
 
 

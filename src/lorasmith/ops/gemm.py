@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorasmith.ops.fp8 import Fp8Weight
+
 _FEW = 1 << 17  # elements of x: below, what oneDNN's call costs (some 25 us) is more than it gains
 _SKINNY = 64  # a side as short as a LoRA rank: oneDNN is ahead on one thread too
 
@@ -39,6 +41,8 @@ def linear(x: Tensor, w_OD: Tensor, bias_O: Tensor | None = None) -> Tensor:
 def _onednn_is_faster(x: Tensor, w_OD: Tensor) -> bool:
     if x.device.type != "cpu" or x.dtype != torch.float32 or w_OD.dtype != torch.float32:
         return False  # torch itself hands bf16 to oneDNN
+    if isinstance(w_OD, Fp8Weight):
+        return False
     if x.numel() < _FEW or 0 in w_OD.shape or not _mkl_is_slow():
         return False
     return torch.get_num_threads() > 1 or min(w_OD.shape) <= _SKINNY

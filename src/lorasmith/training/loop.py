@@ -20,6 +20,7 @@ from lorasmith.config import TrainConfig
 from lorasmith.errors import DivergedError, Interrupted
 from lorasmith.memory.fitting import Fitting, Room
 from lorasmith.model.checkpointing import activation_checkpointing
+from lorasmith.model.fp8 import fp8_base
 from lorasmith.model.packed import PackedModule, packed
 from lorasmith.runs.manifest import TrainState, checkpoint_dir, read_state
 from lorasmith.runs.metrics import MetricsLog, read_metrics
@@ -116,6 +117,7 @@ class Fit:
                 stop_requests() as stop,
                 packed(self.model, self.clock) as rows,
                 activation_checkpointing(self.model) as layers,
+                fp8_base(self.model, enabled=self.config.fp8_base),
             ):
                 room, told = self._remembered_room(), self._remember_room
                 fitting = Fitting(self.source, self.config, rows, layers, room=room, told=told)

@@ -22,6 +22,7 @@ from lorasmith.config import RunConfig
 from lorasmith.errors import ConfigError, DataError
 from lorasmith.files.adapter_dir import ChatSettings
 from lorasmith.model.dtype import DTYPE_NAMES
+from lorasmith.model.fp8 import require_fp8
 from lorasmith.model.load import module_dtype
 from lorasmith.model.model import Model
 from lorasmith.model.packed import PackedModule, takes_layout
@@ -79,6 +80,8 @@ class Session:
         _require_ids(self.base, max(largest_id(examples), largest_id(held_out)))
         if not held_out:
             _refuse_idle_keys(config)
+        if config.train.fp8_base:
+            require_fp8(self.base)
         self.run_dir, self.reporter = Path(config.train.output_dir), reporter
         self.config = _resolved(config, self.base)
         self._source = training_loader(examples, config.train, packed=takes_layout(self.base))

@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from lorasmith.kernels import cross_entropy, dropout, rms_norm, rotary, swiglu
+from lorasmith.kernels import cross_entropy, dropout, fp8, rms_norm, rotary, swiglu
 from lorasmith.ops.dropout import DropoutMask, mask_hashes, token_hashes
 
 TOKENS = 4
@@ -86,9 +86,16 @@ def compile_cross_entropy(dtype: torch.dtype) -> None:
             cross_entropy.read_tile(logits, scale, scale, labels, running, wanted)
 
 
+def compile_fp8(dtype: torch.dtype) -> None:
+    for factor in (None, torch.zeros(14336)):
+        fp8.quantise_rows(torch.zeros(TOKENS, 14336, dtype=dtype), factor, 448.0, 2.0**-100)
+
+
 if __name__ == "__main__":
     driver.set_active(Device(int(sys.argv[1])))
     for kind in (torch.bfloat16, torch.float32):
         compile_row_kernels(kind)
         compile_rotary(kind)
         compile_cross_entropy(kind)
+        if int(sys.argv[1]) >= 89:
+            compile_fp8(kind)

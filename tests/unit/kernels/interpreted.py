@@ -16,6 +16,7 @@ from lorasmith.attention.rotary import reference_rotary, rotary
 from lorasmith.kernels.twins import triton_twin
 from lorasmith.ops.cross_entropy import cross_entropy_sum, linear_cross_entropy
 from lorasmith.ops.dropout import DropoutMask, MaskRows, dropout_key, keep_mask, mask_hashes, token_hashes
+from lorasmith.ops.fp8 import quantise_rows
 from lorasmith.ops.lora_linear import lora_linear, lora_linear_reference
 from lorasmith.ops.rms_norm import reference_rms_norm, rms_norm
 from lorasmith.ops.swiglu import reference_swiglu, swiglu
@@ -231,3 +232,30 @@ def test_linear_cross_entropy_of_a_wide_tile_of_a_sure_model() -> None:
     with torch.no_grad():
         lost = linear_cross_entropy(hidden, head, torch.tensor([17, 4900, 5000]), weights)
     assert lost.isinf(), "a label outside of the vocabulary"
+
+
+@DTYPES
+@pytest.mark.parametrize("factored", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 33), (2, 5001)], ids=str)
+def test_codes_of_fp8_are_those_of_torch(shape: tuple[int, int], factored: bool, dtype: torch.dtype) -> None:
+    """As near to the value, where triton's interpreter can round: it loses the carry of a mantissa that is
+    rounded up to a power of two, cuts off subnormal ones, and takes halves upwards."""
+    wide = torch.randn(shape[0], 2 * shape[1]).to(dtype)
+    factor = torch.rand(shape[1]) if factored else None
+    for x in (wide[:, : shape[1]], wide[:, ::2]):
+        codes, scales = quantise_rows(x, factor)
+        values = x.float() if factor is None else x.float() * factor
+        true_scales = values.abs().amax(1, keepdim=True) / 448
+        values = (values / true_scales).clamp(-448, 448)
+        true = values.to(torch.float8_e4m3fn)
+        can_round = (true.view(torch.uint8) & 7 != 0) & (values.abs() >= 2**-6)
+        error, least = ((c.float() - values).abs()[can_round] for c in (codes, true))
+        assert torch.equal(scales, true_scales)
+        assert torch.equal(error, least)
+
+
+def test_rows_that_are_not_finite_stay_so_in_fp8() -> None:
+    _, scales = quantise_rows(torch.tensor([[1.0, torch.nan, 2.0], [torch.inf, 1.0, 1.0], [0.0, 0.0, 0.0]]))
+    assert scales[0].isnan()
+    assert scales[1].isinf()
+    assert scales[2] > 0

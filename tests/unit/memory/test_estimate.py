@@ -109,3 +109,21 @@ def test_more_layers_recompute_and_less_is_kept() -> None:
     needed = needed_memory(model, loader.step(0), torch.float32, torch.device("cpu"))
     totals = [needed(n).activations for n in range(4)]
     assert totals[0] > totals[1] > totals[2]
+
+
+def test_a_base_in_fp8_takes_half_of_its_linear_layers() -> None:
+    model = attach_lora(
+        tiny_module("llama3", torch.bfloat16),
+        ls.LoraConfig(r=4),
+        family_targets=None,
+        base_name="b",
+        clock=DropoutClock(seed=0),
+    )
+    loader = training_loader(random_examples(VOCAB, 4), TrainConfig(), packed=True)
+    own, rounded = (
+        needed_memory(model, loader.step(0), torch.bfloat16, torch.device("cpu"), fp8_base=fp8)(0)
+        for fp8 in (False, True)
+    )
+    linears = sum(p.numel() for name, p in model.named_parameters() if "proj.base_layer" in name)
+    assert own.weights - rounded.weights == linears
+    assert (own.adapter, own.activations) == (rounded.adapter, rounded.activations)
