@@ -1,6 +1,8 @@
 """Who trains how fast on one CUDA device: Llama-3-8B's shapes with random weights, 16 rows a step.
 
-    python benchmarks/gpu.py [--layers 32] [--contestants ours tutorial trl] [--out benchmarks/gpu.json]
+    python benchmarks/gpu.py [--layers 32] [--max-tokens 2048] [--contestants ours tutorial trl] [--out FILE]
+
+"ours, fp8" is ours with train.fp8_base. `--max-tokens` is ours: 1024 and 2048 make rows of one length.
 
 Never run on a GPU yet: no result lies beside it. `--device cpu --shape tiny` only tries the script itself.
 Each contestant runs in a process of its own. tokens/s are those of the rows, without padding, a shared prefix
@@ -17,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -40,10 +43,11 @@ from lorasmith.adapters.dropout import DropoutClock
 from lorasmith.adapters.lora import attach_lora
 from lorasmith.batching.loader import Loader
 from lorasmith.config import LoraConfig
+from lorasmith.model.fp8 import fp8_base, require_fp8
 from lorasmith.model.packed import packed
 from lorasmith.testing.texts import random_examples
-from lorasmith.training.step import train_step
-from lorasmith.types import IGNORE_INDEX, Example
+from lorasmith.training.step import step_gradients, update
+from lorasmith.types import IGNORE_INDEX, Batch, Example
 
 SHAPES = {
     "llama-3-8b": {
@@ -63,7 +67,9 @@ SHAPES = {
 }
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ROWS = 16  # of a step
-WARM_UP = 3
+WARM_UP = 4
+"""Steps: all different rows once."""
+OPTIONS = ("device", "shape", "layers", "steps", "max_tokens")
 
 
 def main() -> int:
@@ -90,6 +96,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--max-tokens", type=int, default=4096)
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument("--one", choices=CONTESTANTS, help=argparse.SUPPRESS)
     parser.add_argument("--out")
@@ -104,7 +111,7 @@ def _has(name: str) -> bool:
 
 
 def _in_own_process(name: str, asked: argparse.Namespace) -> Any:
-    options = [f"--{key}={getattr(asked, key)}" for key in ("device", "shape", "layers", "steps")]
+    options = [f"--{key.replace('_', '-')}={getattr(asked, key)}" for key in OPTIONS]
     done = subprocess.run(
         [sys.executable, __file__, "--one", name, *options], stdout=subprocess.PIPE, text=True, check=False
     )
@@ -119,13 +126,17 @@ def measure(asked: argparse.Namespace) -> dict[str, float]:
     body = sum(p.numel() for n, p in module.named_parameters() if "proj" in n)
     head = module.get_output_embeddings().weight.numel()
     computed = [0.0, 0.0]
+    if asked.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
-    seconds = CONTESTANTS[asked.one](module, rows, asked.steps, computed)
+    seconds = CONTESTANTS[asked.one](module, rows, asked, computed)
     flops = 4 * body * computed[0] + 4 * head * computed[1]
     tokens = sum(len(row) for row in rows) / len(rows) * ROWS
     peak = torch.cuda.max_memory_allocated() if asked.device == "cuda" else 0
     return {
         "tokens_per_second": tokens / seconds,
+        "computed_tokens_per_second": computed[0] / seconds,
+        "rows_per_second": ROWS / seconds,
         "utilisation": flops / seconds / rate,
         "product_tflops": rate / 1e12,
         "peak_gib": peak / 2**30,
@@ -147,8 +158,11 @@ def _product_rate(module: PreTrainedModel) -> float:
     """FLOP/s of the widest product of a layer at 1024 rows, the best of ten."""
     weight = module.get_submodule("model.layers.0.mlp.gate_proj").weight.detach()
     x = torch.randn(1024, weight.shape[1], device=weight.device, dtype=weight.dtype)
-    best = min(_seconds(lambda: torch.mm(x, weight.T), weight.device) for _ in range(10))
-    return 2.0 * 1024 * weight.numel() / best
+    calls = 50 if weight.is_cuda else 1  # one by one their launches would be measured
+    best = min(
+        _seconds(lambda: [torch.mm(x, weight.T) for _ in range(calls)], weight.device) for _ in range(10)
+    )
+    return 2.0 * 1024 * weight.numel() * calls / best
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -164,30 +178,60 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def ours(module: PreTrainedModel, rows: Sequence[Example], steps: int, computed: list[float]) -> float:
-    """Seconds of a step; `computed` gets the tokens and labels of one."""
+def ours(
+    module: PreTrainedModel,
+    rows: Sequence[Example],
+    asked: argparse.Namespace,
+    computed: list[float],
+    *,
+    fp8: bool = False,
+) -> float:
+    """Seconds of a step; `computed` gets the tokens and labels of one, on the average, without padding."""
     clock = DropoutClock(seed=0)
     config = LoraConfig(r=8, lora_alpha=32, lora_dropout=0.1, target_modules=TARGETS)
+    if fp8:
+        require_fp8(module)
     model = attach_lora(module, config, family_targets=None, base_name="random", clock=clock).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    loader = Loader(rows, batch_size=ROWS, max_tokens=2048, seed=0, shuffle=False, share_prefixes=True)
-    batches = loader.step(0)
-    computed[:] = [sum(len(b.input_ids) for b in batches), sum(float((b.labels >= 0).sum()) for b in batches)]
-    with packed(model, clock) as packed_module:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters)
+    loader = Loader(
+        rows, batch_size=ROWS, max_tokens=asked.max_tokens, seed=0, shuffle=False, share_prefixes=True
+    )
+    kinds = [loader.step(number) for number in range(len(rows) // ROWS)]
+    batches = [batch for step in kinds for batch in step]
+    tokens, labels = (sum(map(count, batches)) / len(kinds) for count in (_num_tokens, _num_labels))
+    computed[:] = [tokens, labels]
+    with packed(model, clock) as packed_module, fp8_base(model, enabled=fp8):
+        packed_module.max_tokens = asked.max_tokens
 
         def step(number: int) -> None:
             clock.step = number
-            train_step(
-                packed_module, optimizer, loader.step(number % 4), learning_rate=1e-4, max_grad_norm=1.0
-            )
+            batches = loader.step(number % len(kinds), asked.max_tokens)
+            step_gradients(packed_module, parameters, batches, max_grad_norm=1.0)
+            update(optimizer, 1e-4)
 
         for number in range(WARM_UP):
             step(number)
-        device = packed_module.device
-        return _seconds(lambda: [step(number) for number in range(steps)], device) / steps
+        work = partial(_each, step, range(asked.steps))
+        return _seconds(work, packed_module.device) / asked.steps
 
 
-def tutorial(module: PreTrainedModel, rows: Sequence[Example], steps: int, computed: list[float]) -> float:
+def _each(step: Callable[[int], None], numbers: Sequence[int]) -> None:
+    for number in numbers:
+        step(number)
+
+
+def _num_tokens(batch: Batch) -> int:
+    return len(batch.input_ids)
+
+
+def _num_labels(batch: Batch) -> int:
+    return int((batch.labels != IGNORE_INDEX).sum())
+
+
+def tutorial(
+    module: PreTrainedModel, rows: Sequence[Example], asked: argparse.Namespace, computed: list[float]
+) -> float:
     """The tutorials' script: Trainer over PEFT, 8 rows x 2, checkpointing, dropout 0.1."""
     module.enable_input_require_grads()
     tokenizer, clock = _tokenizer(), Clock(module.device)
@@ -196,20 +240,22 @@ def tutorial(module: PreTrainedModel, rows: Sequence[Example], steps: int, compu
             per_device_train_batch_size=8,
             gradient_accumulation_steps=2,
             gradient_checkpointing=True,
-            **_arguments_of_both(folder, module, steps),
+            **_arguments_of_both(folder, module, asked.steps),
         )
         Trainer(
             model=peft.get_peft_model(module, _lora(0.1)),
             args=arguments,
-            train_dataset=_as_transformers(rows, steps),
+            train_dataset=_as_transformers(rows, asked.steps),
             data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
             callbacks=[clock],
         ).train()
     computed[:] = _plain_work(rows)
-    return clock.seconds_of_a_step(steps)
+    return clock.seconds_of_a_step(asked.steps)
 
 
-def trl(module: PreTrainedModel, rows: Sequence[Example], steps: int, computed: list[float]) -> float:
+def trl(
+    module: PreTrainedModel, rows: Sequence[Example], asked: argparse.Namespace, computed: list[float]
+) -> float:
     """TRL's SFTTrainer with packing and Liger's kernels, no checkpointing, dropout 0."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
@@ -224,18 +270,18 @@ def trl(module: PreTrainedModel, rows: Sequence[Example], steps: int, computed: 
             per_device_train_batch_size=1,
             gradient_checkpointing=False,
             use_liger_kernel=True,
-            **_arguments_of_both(folder, module, steps),
+            **_arguments_of_both(folder, module, asked.steps),
         )
         SFTTrainer(
             model=module,
             args=arguments,
-            train_dataset=Dataset.from_list(_as_transformers(rows, steps)),
+            train_dataset=Dataset.from_list(_as_transformers(rows, asked.steps)),
             processing_class=_tokenizer(),
             peft_config=_lora(0.0),
             callbacks=[clock],
         ).train()
     computed[:] = _plain_work(rows)
-    return clock.seconds_of_a_step(steps)
+    return clock.seconds_of_a_step(asked.steps)
 
 
 class Clock(TrainerCallback):  # type: ignore[misc]
@@ -298,7 +344,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-CONTESTANTS = {"ours": ours, "tutorial": tutorial, "trl": trl}
+CONTESTANTS = {"ours": ours, "ours, fp8": partial(ours, fp8=True), "tutorial": tutorial, "trl": trl}
 NEEDS = {"trl": ("trl", "liger_kernel", "datasets")}
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from lorasmith.attention.rotary import rotary
 from lorasmith.kernels.twins import triton_twin
 from lorasmith.ops.cross_entropy import linear_cross_entropy
 from lorasmith.ops.dropout import DropoutMask, dropout_key, keep_mask, token_hashes
+from lorasmith.ops.fp8 import quantise_rows, quantised
 from lorasmith.ops.lora_linear import lora_linear
 from lorasmith.ops.rms_norm import rms_norm
 from lorasmith.ops.swiglu import swiglu
@@ -98,3 +99,39 @@ def test_linear_cross_entropy(chunk_bytes: int | None, dtype: torch.dtype) -> No
         return linear_cross_entropy(hidden, head, *told, chunk_bytes=chunk_bytes)
 
     compare(op, dtype, torch.randn(40, 64), torch.randn(5003, 64) / 8)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="needs fp8"
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("rows", [1, 17, 128, 1024, 1100])
+def test_both_products_of_fp8_are_those_of_their_codes(rows: int, dtype: torch.dtype) -> None:
+    """Against float64 of what the same kernel made of x and of dY; the result is rounded to bf16."""
+    weight = quantised((torch.randn(272, 528) / 20).to(dtype).cuda())
+    x = torch.randn(rows, 528, dtype=dtype, device="cuda", requires_grad=True)
+    dy = torch.randn(rows, 272, dtype=dtype, device="cuda")
+    y = torch.nn.functional.linear(x, weight)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    codes, scales = quantise_rows(x.detach())
+    dense = weight.codes_OD.double() * weight.scales_O[:, None]
+    _near(y, (codes.double() * scales) @ dense.t())
+    codes, scales = quantise_rows(dy, weight.scales_O)
+    _near(dx, (codes.double() * scales) @ weight.codes_OD.double())
+
+
+def _near(got: Tensor, true: Tensor) -> None:
+    assert (got.double() - true).norm() <= 2**-7 * true.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_codes_of_fp8_are_those_of_a_cpu(dtype: torch.dtype) -> None:
+    """In every bit: the twin divides and rounds as torch does."""
+    x, factor = torch.randn(9, 5001).to(dtype), torch.rand(5001)
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs fp8")
+    for given in (None, factor):
+        codes, scales = quantise_rows(x.cuda(), None if given is None else given.cuda())
+        true, true_scales = quantise_rows(x, given)
+        assert torch.equal(scales.cpu(), true_scales)
+        assert torch.equal(codes.cpu().view(torch.uint8), true.view(torch.uint8))

@@ -20,8 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from lorasmith.ops.transfer import on_device
 from lorasmith.types import Ints, Layout
 
+_BLOCK = 128
+"""Tokens of a block of its masks."""
 _SMALLEST_HEAD = 16
 """FlexAttention compiles for heads of this size and more."""
 
@@ -42,11 +45,11 @@ class FlexIndex:
         """For each token, its segment's number in depth-first order and that behind its last descendant."""
         enter_S, leave_S = _depth_first(self.layout.parents)
         enter_T, leave_T = (np.repeat(x, self.layout.lengths) for x in (enter_S, leave_S))
-        return torch.from_numpy(enter_T).to(self.device), torch.from_numpy(leave_T).to(self.device)
+        return on_device(enter_T, self.device), on_device(leave_T, self.device)
 
     @cached_property
     def position_ids(self) -> Tensor:
-        return torch.from_numpy(self.layout.position_ids).to(self.device)
+        return on_device(self.layout.position_ids, self.device)
 
     @cached_property
     def block_mask(self) -> BlockMask:
@@ -56,7 +59,7 @@ class FlexIndex:
     @cached_property
     def starts(self) -> Tensor:
         """(S + 1,) in int32, as FlashAttention wants them."""
-        return torch.from_numpy(self.layout.starts).to(self.device, torch.int32)
+        return on_device(self.layout.starts, self.device).to(torch.int32)
 
     @property
     def sees(self) -> Callable[..., Tensor]:
@@ -80,7 +83,9 @@ class FlexIndex:
 
 
 def fits_flex(q_HTD: Tensor) -> bool:
-    return q_HTD.is_cuda and q_HTD.dtype != torch.float64 and q_HTD.shape[-1] >= _SMALLEST_HEAD
+    """Rows of whole blocks, as training pads them: each other length would be one more compilation."""
+    tokens, size = q_HTD.shape[-2:]
+    return q_HTD.is_cuda and q_HTD.dtype != torch.float64 and size >= _SMALLEST_HEAD and tokens % _BLOCK == 0
 
 
 def cuda_attention(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorasmith.ops.transfer import on_device
 from lorasmith.types import Ints, Layout
 
 CHUNK = 64
@@ -63,11 +64,11 @@ def chunk_index(layout: Layout, device: torch.device | str = "cpu", chunk: int |
     before_N = np.where(rank_N > 0, np.arange(len(rank_N)) - 1, last_S[layout.parents[segment_N]])
     levels = _levels(level_N[order_N], place_N[before_N][order_N])
     return ChunkIndex(
-        tokens_NC=torch.from_numpy(tokens_NC[order_N]).to(device),
-        lengths_N=torch.from_numpy(lengths_N[order_N]).to(device),
-        slots_T=torch.from_numpy(slots_NC[inside_NC]).to(device),
-        levels=torch.from_numpy(np.concatenate(levels)).to(device).split([len(level) for level in levels]),
-        last_S=torch.from_numpy(place_N[last_S]).to(device),
+        tokens_NC=on_device(tokens_NC[order_N], device),
+        lengths_N=on_device(lengths_N[order_N], device),
+        slots_T=on_device(slots_NC[inside_NC], device),
+        levels=on_device(np.concatenate(levels), device).split([len(level) for level in levels]),
+        last_S=on_device(place_N[last_S], device),
     )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lorasmith.ops.transfer import on_device
 from lorasmith.types import Ints, Layout
 
 TILE = 128
@@ -125,7 +126,7 @@ def _block(layout: Layout, keys: list[Ints], lengths: Ints, start: int, device: 
     for first, last in pairwise(bounds.tolist()):
         tiles.append(_tile(layout, keys_NJ, before_N, lengths, (first, last), start, device))
         start += tiles[-1].tokens_NQ.numel()
-    return Block(torch.from_numpy(keys_NJ).to(device), tuple(tiles))
+    return Block(on_device(keys_NJ, device), tuple(tiles))
 
 
 def _tile(
@@ -150,7 +151,7 @@ def _tile(
     tokens_NQ = np.take_along_axis(keys_NJ, slots_NQ, axis=1)
     positions_NJ = layout.position_ids[keys_NJ[:, :num_keys]]
     distances_NJ = positions_NJ - layout.position_ids[tokens_NQ].max(axis=1, keepdims=True)
-    of_tile = (torch.from_numpy(x).to(device) for x in (tokens_NQ, real_NQ, mask_NQJ, distances_NJ))
+    of_tile = (on_device(x, device) for x in (tokens_NQ, real_NQ, mask_NQJ, distances_NJ))
     tokens, real, mask, distances = of_tile
     return Tile(start, tokens, real, num_keys, mask, distances, padded=not real_NQ.all())
 

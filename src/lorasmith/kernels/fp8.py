@@ -44,7 +44,7 @@ def _quantise(
         parts = tl.maximum(parts, sizes, propagate_nan=tl.PropagateNan.ALL)
     # tl.max passes over NaN: one is put where it stays
     is_nan = tl.max((parts != parts).to(tl.int32), 0) > 0
-    scale = tl.maximum(tl.max(parts, 0) / largest, least_scale)
+    scale = tl.maximum(tl.div_rn(tl.max(parts, 0), largest), least_scale)
     scale = tl.where(is_nan, float("nan"), scale)
     tl.store(scales_ptr + row, scale)
     for start in range(0, width, BLOCK):

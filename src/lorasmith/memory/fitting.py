@@ -70,6 +70,7 @@ class Fitting:
         self._source, self._config, self._rows, self._layers = source, config, rows, layers
         self._told = told
         self.room = room or Room(config.max_tokens, recomputed_layers=0)
+        rows.max_tokens = self.room.max_tokens
 
     def begin(self, model: peft.PeftModel, step: int, total_steps: int) -> None:
         """As few layers recompute as the free memory asks for, by the rows of the next steps."""
@@ -77,6 +78,7 @@ class Fitting:
         rows = [batch for n in steps for batch in self._source.step(n, self.room.max_tokens)]
         if not rows:
             return
+        rows = [self._rows.as_computed(batch) for batch in rows]
         needed = needed_memory(model, rows, module_dtype(self._rows.base), self._rows.device)
         asked, free = self._config.activation_checkpointing, free_memory(self._rows.device)
         layers = layers_asked(model, asked, free, lambda count: needed(count).to_come)
@@ -131,7 +133,7 @@ class Fitting:
         self._take(replace(self.room, max_tokens=self.room.max_tokens // 2))
 
     def _take(self, room: Room) -> None:
-        self.room = room
+        self.room, self._rows.max_tokens = room, room.max_tokens
         self._told(room)
 
 

@@ -21,6 +21,7 @@ from lorasmith.attention.layout import LAYOUT_ATTENTION, LayoutIndex, layout_att
 from lorasmith.model.fused import Forward, fused_ops, replaced_forward
 from lorasmith.ops.cross_entropy import cross_entropy_sum, linear_cross_entropy
 from lorasmith.ops.norm_head import NormHead
+from lorasmith.ops.transfer import on_device
 from lorasmith.types import IGNORE_INDEX, Batch, Layout
 
 _POSITION_WISE = (
@@ -36,6 +37,8 @@ _POSITION_WISE = (
 
 _TILE = 128
 """Rows of a tile of cuBLAS's products and of FlexAttention's blocks: a partly filled one costs a full one."""
+_STATIC = (1024, 2048)
+"""Asked for as `max_tokens`, the length of every row on a GPU: rows that fill its multiprocessors."""
 
 
 @dataclass(frozen=True)
@@ -54,22 +57,32 @@ class DeviceBatch:
 def to_device(batch: Batch, device: torch.device) -> DeviceBatch:
     rows = np.flatnonzero(batch.labels != IGNORE_INDEX)
     return DeviceBatch(
-        input_ids=torch.from_numpy(batch.input_ids)[None].to(device),
-        position_ids=torch.from_numpy(batch.layout.position_ids)[None].to(device),
-        rows=torch.from_numpy(rows).to(device),
-        labels=torch.from_numpy(batch.labels[rows]).to(device),
-        weights=torch.from_numpy(batch.weights[rows]).to(device),
-        token_numbers=torch.from_numpy(batch.token_numbers).to(device),
+        input_ids=on_device(batch.input_ids, device)[None],
+        position_ids=on_device(batch.layout.position_ids, device)[None],
+        rows=on_device(rows, device),
+        labels=on_device(batch.labels[rows], device),
+        weights=on_device(batch.weights[rows], device),
+        token_numbers=on_device(batch.token_numbers, device),
         layout=layout_index(batch.layout, device),
     )
 
 
-def padded(batch: Batch, multiple: int) -> Batch:
-    """The row with a segment at its end that nobody sees, without label and weight: its length is a multiple.
+def length_on_gpu(tokens: int, max_tokens: int | None) -> int:
+    """What a row of so many tokens is padded to: whole tiles, or one length for all rows where that is asked.
+
+    A conversation longer than `max_tokens` has a row of its own, of whole tiles.
+    """
+    if max_tokens in _STATIC and tokens <= max_tokens:
+        return max_tokens
+    return tokens + -tokens % _TILE
+
+
+def padded(batch: Batch, length: int) -> Batch:
+    """The row with a segment at its end that nobody sees, without label and weight, so that it has `length`.
 
     Loss, gradients and the other tokens' dropout masks stay as they were.
     """
-    layout, missing = batch.layout, -len(batch.input_ids) % multiple
+    layout, missing = batch.layout, length - len(batch.input_ids)
     if missing == 0:
         return batch
     positions = np.concatenate([layout.position_ids, np.arange(missing)])
@@ -116,6 +129,8 @@ class PackedModule:
         self.clock.token_numbers = None  # the probes of this module count from 0
         self.by_layout = takes_layout(module)
         self.base = base_module(module)
+        self.max_tokens: int | None = None
+        """That rows are made for, as far as it is known; see `length_on_gpu`."""
         self._head = _plain_head(self.base)
         self._rows: Tensor | None = None
 
@@ -124,9 +139,13 @@ class PackedModule:
         return next(self.module.parameters()).device
 
     def to_device(self, batch: Batch) -> DeviceBatch:
-        """On a GPU rows are padded to whole tiles, which costs nothing there, so that few lengths occur."""
-        on_gpu = self.device.type == "cuda" and self.by_layout
-        return to_device(padded(batch, _TILE) if on_gpu else batch, self.device)
+        return to_device(self.as_computed(batch), self.device)
+
+    def as_computed(self, batch: Batch) -> Batch:
+        """The row as its device computes it: on a GPU padded, so that few lengths occur."""
+        if self.device.type != "cuda" or not self.by_layout:
+            return batch
+        return padded(batch, length_on_gpu(len(batch.input_ids), self.max_tokens))
 
     def loss_sum(self, batch: DeviceBatch) -> Tensor:
         """Sum over the labelled positions of weight * -log p(label), a scalar; logits are never all there."""

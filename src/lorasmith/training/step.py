@@ -46,10 +46,16 @@ def update(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
 
 
 def accumulate_gradients(model: PackedModule, batches: Sequence[Batch], num_targets: float) -> float:
-    """Add the gradient of sum(losses) / num_targets to the parameters; returns that loss."""
-    loss = 0.0
+    """Add the gradient of sum(losses) / num_targets to the parameters; returns that loss.
+
+    The numbers are fetched once: a GPU that is asked after each row stands still until the next one is there.
+    """
+    parts = []
     for batch in batches:
         part = model.loss_sum(model.to_device(batch)) / num_targets
         part.backward()
-        loss += part.item()
+        parts.append(part.detach())
+    loss = 0.0
+    for value in torch.stack(parts).tolist() if parts else ():
+        loss += value  # sum() of Python 3.12 rounds otherwise than that of 3.11
     return loss

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import flex_attention
 
 from lorasmith.attention.alibi import alibi_slopes
@@ -59,6 +60,19 @@ def test_flex_attention_of_a_forest_is_the_reference(heads: tuple[int, int], ali
     )
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_rows_of_all_lengths_share_a_compilation() -> None:
+    """As torch's tracer sees it: one block of a mask is one case, any number of them another."""
+    counter = CompileCounterWithBackend("eager")
+    kernel = torch.compile(flex_attention, dynamic=True, backend=counter)
+    with torch.no_grad():
+        for blocks in (3, 1, 2, 8, 5, 16):
+            q, k = (torch.randn(heads, 128 * blocks, 16) for heads in (4, 2))
+            out = flex(kernel, q, k, k, flex_index([7, 128 * blocks - 7], [-1, -1]), 0.25, None)
+            assert out.shape == q.shape
+    assert counter.frame_count <= 2
+
+
 def test_a_cpu_goes_by_tiles() -> None:
     assert not fits_flex(torch.zeros(1, 2, 64))
 
@@ -67,8 +81,8 @@ def test_a_cpu_goes_by_tiles() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("parents", [[-1, -1, -1, -1], [-1, 0, 0, 1]], ids=["flat", "tree"])
 def test_a_gpu_agrees_with_the_reference(parents: list[int]) -> None:
-    layout = flex_index([40, 170, 30, 90], parents).layout
-    leaves = [torch.randn(h, 330, 64, device="cuda", requires_grad=True) for h in (4, 2, 2)]
+    layout = flex_index([40, 170, 30, 144], parents).layout
+    leaves = [torch.randn(h, 384, 64, device="cuda", requires_grad=True) for h in (4, 2, 2)]
     out = layout_attention(*leaves, layout_index(layout, "cuda"), 0.125)
     on_cpu = [x.detach().cpu().double().requires_grad_() for x in leaves]
     expected = attention_reference(*on_cpu, layout, 0.125)
