@@ -118,7 +118,8 @@ class TrainConfig(Section):
     output_dir: str = Field("", description="Run directory; it is itself a PEFT adapter directory.")
     batch_size: PositiveInt = Field(16, description="Conversations per optimizer step, over all processes.")
     max_tokens: PositiveInt = Field(
-        4096, description="Tokens per forward pass: memory only, never the result."
+        4096,
+        description="Tokens per forward pass: memory only, never the result; see docs/gpu.md for 1024, 2048.",
     )
     share_prefixes: bool = Field(
         True, description="Compute what conversations of a step have in common once; false: for each."

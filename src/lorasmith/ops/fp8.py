@@ -3,7 +3,7 @@
 One layout serves both products. y = x W^T sums over inputs, so that W's scales stand outside of the sum. In
 dX = dY W they stand inside: they are taken into dY before it is rounded, and both products see the same W.
 Tensor cores read fp8 along the sum only, so dX transposes the codes of one weight at a time. A second layout
-would save that copy (a tenth of such a product) and all of the memory that fp8 saves.
+would spare that copy and cost all of the memory that fp8 saves.
 
 x and dY are rounded too, each row by its own largest value. Both to e4m3: with a scale to each row, its third
 bit of mantissa is worth more than e5m2's range.
