@@ -19,8 +19,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lorasmith.adapters.dropout import DropoutClock
 from lorasmith.attention.layout import LAYOUT_ATTENTION, LayoutIndex, layout_attention_interface, layout_index
 from lorasmith.model.fused import Forward, fused_ops, replaced_forward
+from lorasmith.native.norm_head import NormHead
 from lorasmith.ops.cross_entropy import cross_entropy_sum, linear_cross_entropy
-from lorasmith.ops.norm_head import NormHead
 from lorasmith.ops.transfer import on_device
 from lorasmith.types import IGNORE_INDEX, Batch, Layout
 

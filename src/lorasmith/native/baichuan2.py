@@ -35,7 +35,7 @@ from lorasmith.attention.layout import biased_attention_interface, with_alibi
 from lorasmith.attention.rotary import rotary
 from lorasmith.errors import FamilyError
 from lorasmith.native.fused_attention import attend_fused, fused_width
-from lorasmith.ops.norm_head import NormHead
+from lorasmith.native.norm_head import NormHead
 
 _BAICHUAN1_VOCAB = 64000
 """Baichuan 1 has the same model_type and tensor names, but a plain head: its vocabulary tells them apart."""

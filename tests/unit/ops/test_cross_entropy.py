@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lorasmith.native.norm_head import NormHead
 from lorasmith.ops.cross_entropy import cross_entropy_sum, linear_cross_entropy
-from lorasmith.ops.norm_head import NormHead
 
 
 class LargestTensor(TorchDispatchMode):

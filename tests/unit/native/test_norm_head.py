@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lorasmith.ops import norm_head
-from lorasmith.ops.norm_head import NormHead
+from lorasmith.native import norm_head
+from lorasmith.native.norm_head import NormHead
 
 
 def make_head(dtype: torch.dtype = torch.float64) -> NormHead:
