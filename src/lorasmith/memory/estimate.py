@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -18,6 +18,7 @@ from lorasmith.config import LoraConfig
 from lorasmith.errors import ConfigError
 from lorasmith.model.checkpointing import decoder_layers
 from lorasmith.model.fp8 import frozen_linears
+from lorasmith.model.fused import WAYS_DOWN, rms_norm_eps
 from lorasmith.model.load import empty_module
 from lorasmith.types import IGNORE_INDEX, Batch
 
@@ -102,7 +103,7 @@ class ActivationWidths:
 
 def activation_widths(model: peft.PeftModel) -> ActivationWidths:
     """From the linear layers: what each one gives is kept by what comes next (a norm, attention, the gate),
-    and what it reads is kept if it has LoRA, once for those that read the same."""
+    and what it reads is kept if it has LoRA, once for those that read the same, unless it is made again."""
     layers = decoder_layers(model) or [model]
     text = model.get_base_model().config.get_text_config()
     kept = tuple(_kept(layer) for layer in layers)
@@ -110,21 +111,32 @@ def activation_widths(model: peft.PeftModel) -> ActivationWidths:
 
 
 def _kept(layer: nn.Module) -> int:
-    """What lies inside a LoRA layer is its own: what it keeps is small."""
-    below = [part for part in layer.children() if not isinstance(part, LoraLayer)]
-    return _kept_by_block(layer) + sum(_kept(part) for part in below)
+    normed = any(rms_norm_eps(part) is not None for part in layer.modules())
+    return sum(_kept_by_block(block, normed) for block in _blocks(layer))
 
 
-def _kept_by_block(block: nn.Module) -> int:
-    """Of the linear layers of an attention or a feed-forward, the last reads what the others made."""
-    parts = [m for m in block.children() if isinstance(m, LoraLayer | nn.Linear)]
-    linears = [m.get_base_layer() if isinstance(m, LoraLayer) else m for m in parts]
-    adapted = [isinstance(m, LoraLayer) for m in parts]
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """The module and all below it, but what lies inside a LoRA layer: what that keeps is small."""
+    yield module
+    for part in module.children():
+        if not isinstance(part, LoraLayer):
+            yield from _blocks(part)
+
+
+def _kept_by_block(block: nn.Module, normed: bool) -> int:
+    """Of the linear layers of an attention or a feed-forward, the last reads what the others made.
+
+    The backward makes again what it can: an RMS norm's output, and SwiGLU's product.
+    """
+    parts = {n: m for n, m in block.named_children() if isinstance(m, LoraLayer | nn.Linear)}
+    linears = [m.get_base_layer() if isinstance(m, LoraLayer) else m for m in parts.values()]
+    adapted = [isinstance(m, LoraLayer) for m in parts.values()]
     if not linears or not all(isinstance(linear, nn.Linear) for linear in linears):
         return 0
     outputs = sum(linear.out_features for linear in linears)
-    shared = linears[0].in_features if any(adapted[:-1]) else 0
-    return int(outputs + shared + (linears[-1].in_features if adapted[-1] else 0))
+    shared = linears[0].in_features if any(adapted[:-1]) and not normed else 0
+    read_last = linears[-1].in_features if adapted[-1] and list(parts)[-1] not in WAYS_DOWN else 0
+    return int(outputs + shared + read_last)
 
 
 def estimate_memory(

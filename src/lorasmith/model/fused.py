@@ -26,7 +26,7 @@ from lorasmith.types import Layout
 Forward = Callable[..., Any]
 Origins: TypeAlias = MutableMapping[Tensor, Normed]
 """Of the outputs of RMS norms that still live."""
-_WAYS_DOWN = ("down_proj", "dense_4h_to_h")
+WAYS_DOWN = ("down_proj", "dense_4h_to_h")
 """The field's names for what a feed-forward ends with: it reads a product, never a norm."""
 
 
@@ -73,17 +73,26 @@ def _fused_forward(module: nn.Module, origins: Origins) -> Forward | None:
         return _rotary_attention(module)
     if parts.keys() >= {"gate_proj", "up_proj", "down_proj"}:
         return _gated(parts["gate_proj"], parts["up_proj"], parts["down_proj"])
-    for packed, down in zip(("gate_up_proj", "dense_h_to_4h"), _WAYS_DOWN, strict=True):
+    for packed, down in zip(("gate_up_proj", "dense_h_to_4h"), WAYS_DOWN, strict=True):
         if parts.keys() >= {packed, down}:
             return _packed_gated(parts[packed], parts[down])
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    own = dict(module.named_parameters(recurse=False))
-    if not parts and own.keys() == {"weight"} and own["weight"].ndim == 1 and isinstance(eps, float):
-        return _norm(own["weight"], eps, origins)
+    if rms_norm_eps(module) is not None:
+        return _norm(module, origins)
     return None
 
 
-def _norm(weight_M: Tensor, eps: float, origins: Origins) -> Forward:
+def rms_norm_eps(module: nn.Module) -> float | None:
+    """Its epsilon, if the module has the parts of an RMS norm: one vector, and no module below."""
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    own = dict(module.named_parameters(recurse=False))
+    is_one = own.keys() == {"weight"} and own["weight"].ndim == 1 and not any(module.children())
+    return eps if is_one and isinstance(eps, float) else None
+
+
+def _norm(module: nn.Module, origins: Origins) -> Forward:
+    weight_M, eps = module.get_parameter("weight"), rms_norm_eps(module)
+    assert eps is not None
+
     def forward(x_BTM: Tensor) -> Tensor:
         out_BTM, normed = traced_rms_norm(x_BTM, weight_M, eps)
         if out_BTM.requires_grad:
@@ -107,7 +116,7 @@ def _beside_the_ways_down(module: nn.Module) -> list[LoraLinear]:
     return [
         part
         for name, part in named.items()
-        if name.rpartition(".")[2] not in _WAYS_DOWN and "forward" not in vars(part)
+        if name.rpartition(".")[2] not in WAYS_DOWN and "forward" not in vars(part)
     ]
 
 
