@@ -18,6 +18,7 @@ from transformers.utils import logging
 from lorasmith.errors import FamilyError, SetupError
 from lorasmith.files.model_dir import read_json
 from lorasmith.native.registry import native_model_type, register_native
+from lorasmith.ops.gemm import bound_product_stores
 
 CODE_KEYS = ("auto_map", "custom_pipelines", "_attn_implementation", "_attn_implementation_internal")
 """Keys of config.json that name code to run; they are dropped, never followed (CVE-2026-4372)."""
@@ -69,6 +70,7 @@ def load_base(
 
     Raises: SetupError naming missing, unknown or misshapen tensors.
     """
+    bound_product_stores()
     try:
         with without_progress_bar():
             module, info = AutoModelForCausalLM.from_pretrained(

@@ -21,6 +21,7 @@ from lorasmith.attention.layout import LAYOUT_ATTENTION, LayoutIndex, layout_att
 from lorasmith.model.fused import Forward, fused_ops, replaced_forward
 from lorasmith.native.norm_head import NormHead
 from lorasmith.ops.cross_entropy import cross_entropy_sum, linear_cross_entropy
+from lorasmith.ops.gemm import bound_product_stores
 from lorasmith.ops.transfer import on_device
 from lorasmith.types import IGNORE_INDEX, Batch, Layout
 
@@ -209,6 +210,7 @@ def packed(module: nn.Module, clock: DropoutClock | None = None) -> Iterator[Pac
 
     `clock` is the one that the module's dropout reads; a module in eval mode needs none.
     """
+    bound_product_stores()  # for a module that was not loaded by us
     rows = PackedModule(module, clock or DropoutClock(seed=0))
     if not rows.by_layout:
         yield rows

@@ -13,6 +13,7 @@ Shapes: N = rows, D = input features, O = output features.
 
 from __future__ import annotations
 
+import os
 import platform
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +26,21 @@ from lorasmith.ops.fp8 import Fp8Weight
 
 _FEW = 1 << 17  # elements of x: below, what oneDNN's call costs (some 25 us) is more than it gains
 _SKINNY = 64  # a side as short as a LoRA rank: oneDNN is ahead on one thread too
+_STORES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+"""oneDNN's store of compiled products, and that of ideep, torch's layer above it: each reads its own."""
+_KEPT = 64
+"""Products in each store: those of a few rows of a model, at 0.65 MB each."""
+
+
+def bound_product_stores() -> None:
+    """Let oneDNN keep 64 compiled products instead of 1,024; what the environment says wins.
+
+    It compiles one for every new shape, and every step's row has another length: with 1,024 a process grows
+    by up to 660 MB, and saves a millisecond now and then. Both stores read their size once, at the first
+    product of the process: afterwards this changes nothing. There is no call for it in torch.
+    """
+    for name in _STORES:
+        os.environ.setdefault(name, str(_KEPT))
 
 
 def linear(x: Tensor, w_OD: Tensor, bias_O: Tensor | None = None) -> Tensor:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -68,3 +72,39 @@ def test_the_rule_is_the_same_each_time_and_small_products_stay_with_torch(monke
     ]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert [chooses(x, w), chooses(x, rank), chooses(x, rank.t().contiguous().t())] == [False, True, True]
+
+
+GROWTH = """
+import os, psutil, torch
+from lorasmith.ops.gemm import bound_product_stores
+assert "LRU_CACHE_CAPACITY" not in os.environ, "importing has an effect"
+{call}
+product, memory, w = torch.ops.mkldnn._linear_pointwise, psutil.Process().memory_info, torch.randn(8, 64)
+for rows in range(1, 400):
+    product(torch.randn(rows, 64), w, None, "none", [], "")
+    if rows == 100:
+        warm = memory().rss
+print((memory().rss - warm) / 1e6)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
+def test_new_shapes_do_not_fill_the_memory():
+    """And they would: the negative control leaves the stores as torch has them."""
+    environment = {name: value for name, value in os.environ.items() if name not in gemm._STORES}
+
+    def growth_mb(call):
+        command = [sys.executable, "-c", GROWTH.format(call=call)]
+        return float(subprocess.run(command, env=environment, capture_output=True, check=True).stdout)
+
+    unbound = growth_mb("")
+    assert unbound > 40, "each of 300 shapes should have cost some 0.3 MB or more"
+    assert growth_mb("bound_product_stores()") < unbound / 4
+
+
+def test_what_the_environment_says_about_the_stores_wins(monkeypatch):
+    kept, ours = gemm._STORES
+    monkeypatch.setattr(os, "environ", {kept: "7"})
+    gemm.bound_product_stores()
+    assert os.environ == {kept: "7", ours: str(gemm._KEPT)}
