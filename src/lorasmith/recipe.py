@@ -37,13 +37,14 @@ def run(
     `on_data` is told the data set before the weights are read: the command line prints its report.
     """
     from lorasmith.runs.lock import refuse_if_locked
+    from lorasmith.runs.run_dir import REJECTS_FILE
 
     run_dir, proving = Path(config.train.output_dir), resume == "prove"
     if config.train.output_dir:
         require_resumable(run_dir, resume, allow_changes)
     if not proving:
         refuse_if_locked(run_dir)
-    prepared = _prepare(config, rejects_path=None if proving else run_dir / "rejects.jsonl")
+    prepared = _prepare(config, rejects_path=None if proving else run_dir / REJECTS_FILE)
     if on_data:
         on_data(prepared.data)
     _adapted_on_meta(prepared, config.lora)

@@ -19,10 +19,11 @@ from lorasmith.config import DataConfig
 from lorasmith.data.check import DataReport
 from lorasmith.data.encode import EncodeResult, fit_length
 from lorasmith.data.survey import Survey, survey
-from lorasmith.errors import DataError, StorageError
+from lorasmith.errors import DataError
 from lorasmith.files.links import refuse_links
 from lorasmith.rows.findings import prompt_of
 from lorasmith.rows.records import bad_rows_error
+from lorasmith.storage import Storage
 from lorasmith.text.template import ChatFormat
 from lorasmith.types import Conversation, Example, Ints, Message
 
@@ -65,6 +66,7 @@ def load(
     *,
     model_max_length: int | None = None,
     rejects_path: Path | None = None,
+    storage: Storage | None = None,
 ) -> Dataset:
     """The whole way: read, check, encode, hold out, fit to the length limit.
 
@@ -76,7 +78,7 @@ def load(
     sources = [config.train, config.eval] if isinstance(config.eval, str) else [config.train]
     surveys = [survey(source, config, chat_format, max_length=max_length) for source in sources]
     reports = [found.report for found in surveys]
-    _settle_bad_rows(reports, config, rejects_path)
+    _settle_bad_rows(reports, config, rejects_path, storage or Storage())
     training, held_out = surveys if len(surveys) == 2 else _split_survey(surveys[0], config.eval)
     train_fit = _fit(training, max_length, config, purpose="train on")
     nothing = training.examples.take(np.arange(0))
@@ -127,19 +129,18 @@ def _split_survey(rows: Survey, share: float | str | None) -> tuple[Survey, Surv
     return training, held_out
 
 
-def _settle_bad_rows(reports: Sequence[DataReport], config: DataConfig, rejects_path: Path | None) -> None:
+def _settle_bad_rows(
+    reports: Sequence[DataReport], config: DataConfig, rejects_path: Path | None, storage: Storage
+) -> None:
     bad_rows = [row for report in reports for row in report.bad_rows]
     if bad_rows and config.on_bad_row == "error":
         raise bad_rows_error(bad_rows, sum(report.rows for report in reports))
     if bad_rows and rejects_path is not None:
         lines = [json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in bad_rows]
         refuse_links(rejects_path.parent, [rejects_path.name])
-        try:
-            rejects_path.parent.mkdir(parents=True, exist_ok=True)
-            rejects_path.write_text("".join(lines), encoding="utf-8")
-        except OSError as error:
-            fix = "free space there, or choose another output directory"
-            raise StorageError(f"cannot write {rejects_path}", why=str(error.strerror), fix=fix) from None
+        storage.make_dir(rejects_path.parent)
+        # A lone surrogate has no UTF-8: it stays the escape that JSON has for it.
+        storage.replace(rejects_path, "".join(lines).encode(errors="backslashreplace"))
 
 
 def _fit(side: Survey, max_length: int | None, config: DataConfig, purpose: str) -> EncodeResult:

@@ -35,6 +35,7 @@ from lorasmith.runs.same_run import ROWS_FILE, RowHashes
 from lorasmith.storage import Storage
 
 CONFIG_FILE = "config.yaml"
+REJECTS_FILE = "rejects.jsonl"
 _OUR_FILES = (
     CONFIG_FILE,
     CHAT_FORMAT_FILE,
@@ -44,6 +45,7 @@ _OUR_FILES = (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     GOLDEN_FILE,
+    REJECTS_FILE,
 )
 
 

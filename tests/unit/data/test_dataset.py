@@ -89,7 +89,7 @@ def test_rejects_that_cannot_be_written_are_a_storage_error(tmp_path: Path) -> N
     config = DataConfig(
         train=write(tmp_path / "rows.jsonl", [row("a", "b"), row("a", "")]), on_bad_row="skip"
     )
-    with pytest.raises(StorageError, match="rejects"):
+    with pytest.raises(StorageError, match="Not a directory"):
         load(config, CharacterChat(), rejects_path=tmp_path / "rows.jsonl" / "rejects.jsonl")
 
 
