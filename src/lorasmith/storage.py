@@ -98,10 +98,11 @@ class Storage:
 
     def append(self, path: Path, line: str) -> None:
         """A line at the end, synced; after a crash it is there, not there, or cut short."""
-        with told(path):
+        data = f"{line}\n".encode()
+        with told(path, needed=len(data)):
             is_new = not path.exists()
             with self._opened(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) as file:
-                self._write(file, f"{line}\n".encode())
+                self._write(file, data)
                 self.disk.sync(file)
             if is_new:
                 self.sync_dir(path.parent)
@@ -195,7 +196,7 @@ class Storage:
             raise StorageError(
                 f"there is not enough room for {path.name}",
                 where=str(path),
-                why=f"{_megabytes(needed)} MB needed, {_megabytes(free)} MB free",
+                why=f"{_size(needed)} needed, {_size(free)} free",
                 fix=_REMEDIES[errno.ENOSPC],
             )
 
@@ -252,12 +253,12 @@ def storage_error(path: Path, error: OSError, *, needed: int = 0) -> StorageErro
 
 
 def _room(path: Path, needed: int) -> str:
-    wanted = f"{_megabytes(needed)} MB needed, " if needed else ""
+    wanted = f"{_size(needed)} needed, " if needed else ""
     try:
         stat = os.statvfs(_nearest(path))
     except OSError:  # the error being told is the better one
         return ""
-    return f" ({wanted}{_megabytes(stat.f_bavail * stat.f_frsize)} MB free)"
+    return f" ({wanted}{_size(stat.f_bavail * stat.f_frsize)} free)"
 
 
 def _nearest(path: Path) -> Path:
@@ -270,5 +271,5 @@ def hidden_name(kind: str, path: Path) -> Path:
     return path.with_name(f".{kind}-{path.name}-{uuid.uuid4().hex[:8]}")
 
 
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:,.1f}"
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count >= 100_000 else f"{count:,} bytes"

@@ -89,7 +89,7 @@ def test_no_save_begins_without_the_room_it_needs(arena: Arena) -> None:
     kind, text, code = answer["value"]
     assert (kind, code) == ("StorageError", 7)
     assert "not enough room for step-000004" in text
-    assert "0.0 MB needed, 0.0 MB free" in text
+    assert " bytes needed, 5,000 bytes free" in text
     assert {name for name in names(run_dir) if "step-000004" in name} == set()
     assert arena.faults(run_dir, at_least=2) == []
 

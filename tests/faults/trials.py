@@ -41,7 +41,7 @@ def warm_up(base: Path) -> None:
     _fit(scratch / "run", Storage())
     ls.merge(scratch / "run", base=str(base), output_dir=scratch / "merged")
     shutil.rmtree(scratch)
-    _LOADED["module"] = ls.load_module(str(base), dtype="fp32")
+    load_again()
 
 
 def _picture(storage: Storage, run_dir: Path, metrics: Any) -> None:
@@ -70,7 +70,12 @@ def _fit(run_dir: Path, storage: Storage, *, resume: bool = False) -> None:
     )
 
 
-def _act(storage: Storage, run_dir: str, target: str | None, *, resume: bool = False) -> None:
+def load_again() -> None:
+    """A base module without the adapter that a run has put into it."""
+    _LOADED["module"] = ls.load_module(str(_LOADED["base"]), dtype="fp32")
+
+
+def act(storage: Storage, run_dir: str, target: str | None, *, resume: bool = False) -> None:
     """A merge where there is a target, else a run."""
     if target is not None:
         ls.merge(run_dir, base=str(_LOADED["base"]), output_dir=target, storage=storage)
@@ -98,42 +103,42 @@ _PROTOCOLS = {"ours": Storage, "written_in_place": WrittenInPlace, "deleted_in_p
 
 
 def plain(run_dir: str, target: str | None = None, *, resume: bool = False) -> None:
-    _act(Storage(), run_dir, target, resume=resume)
+    act(Storage(), run_dir, target, resume=resume)
 
 
 def trusting(run_dir: str, *, resume: bool = False) -> None:
     """A resume that asks no manifest."""
     checkpoint.damage = manifest.damage = lambda path, **_: None
-    _act(Storage(), run_dir, None, resume=resume)
+    act(Storage(), run_dir, None, resume=resume)
 
 
 def clock_steps(run_dir: str, *, resume: bool = False) -> None:
     """The wall clock jumps at every look: an hour back, then a year forward."""
     real, jumps = time.time, itertools.cycle((-3600.0, 365 * 86400.0, -1e9))
     time.time = lambda: real() + next(jumps)
-    _act(Storage(), run_dir, None, resume=resume)
+    act(Storage(), run_dir, None, resume=resume)
 
 
 def limited(run_dir: str, limit: str, value: int, target: str | None = None, *, resume: bool = False) -> None:
     """Under a real limit of the kernel, by its name in `resource`."""
     resource.setrlimit(getattr(resource, limit), (value, value))
-    _act(Storage(), run_dir, target, resume=resume)
+    act(Storage(), run_dir, target, resume=resume)
 
 
 def small_disk(run_dir: str, free: int, generous: int) -> None:
-    _act(Storage(SmallDisk(free, generous)), run_dir, None)
+    act(Storage(SmallDisk(free, generous)), run_dir, None)
 
 
 def unlocked(run_dir: str, *, resume: bool = False) -> None:
     """A run that asks for no lock."""
     lock.run_lock = lambda *_: contextlib.nullcontext()
-    _act(Storage(), run_dir, None, resume=resume)
+    act(Storage(), run_dir, None, resume=resume)
 
 
 def killed_at(
     run_dir: str, nth: int, target: str | None = None, *, resume: bool = False, protocol: str = "ours"
 ) -> None:
-    _act(_PROTOCOLS[protocol](DyingDisk(nth)), run_dir, target, resume=resume)
+    act(_PROTOCOLS[protocol](DyingDisk(nth)), run_dir, target, resume=resume)
 
 
 def failing_at(
@@ -147,7 +152,7 @@ def failing_at(
 ) -> bool:
     """Whether the fault came at all, if nothing was raised."""
     disk = FailingDisk(nth, number, lasting=lasting)
-    _act(Storage(disk), run_dir, target, resume=resume)
+    act(Storage(disk), run_dir, target, resume=resume)
     return disk.count >= nth
 
 
@@ -160,5 +165,5 @@ def recorded(
     protocol: str = "ours",
 ) -> None:
     disk = RecordingDisk(unsynced)
-    _act(_PROTOCOLS[protocol](disk), run_dir, target)
+    act(_PROTOCOLS[protocol](disk), run_dir, target)
     Path(calls_file).write_bytes(pickle.dumps(disk.calls))
