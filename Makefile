@@ -26,6 +26,7 @@ guard: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/python scripts/write_reference.py
+	$(BIN)/python scripts/write_figures.py
 
 clean:
 	rm -rf $(VENV)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
+import platform
 import tempfile
+from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -23,3 +28,30 @@ def shared() -> Path:
     if not (_SHARED / "golden").is_dir():
         pytest.skip("no reference data beside this checkout (../shared)")
     return _SHARED
+
+
+@pytest.fixture(scope="session")
+def figures() -> Callable[..., None]:
+    """Call with a name and numbers: they join those under that name in the JSON file that LORASMITH_FIGURES
+    names, from which `make docs` writes the table of docs/reliability.md."""
+
+    def record(name: str, **numbers: float) -> None:
+        if "LORASMITH_FIGURES" not in os.environ:
+            return
+        with open(os.environ["LORASMITH_FIGURES"], "a+", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            tree = json.loads(file.read() or "{}")
+            tree["taken"] = {"date": str(date.today()), "machine": platform.machine()}
+            tree[name] = {**tree.get(name, {}), **numbers}
+            file.truncate(0)
+            file.write(json.dumps(tree, indent=1, sort_keys=True) + "\n")
+
+    return record
+
+
+@pytest.fixture
+def passed(figures: Callable[..., None], request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Call at the end of a parametrised test, with the name under which its cases are counted."""
+    case = "-".join(map(str, request.node.callspec.indices.values()))
+    return lambda name: figures(name, **{f"{request.function.__name__}-{case}": 1})

@@ -20,8 +20,9 @@ LINK = re.compile(r"\]\((?!https?:)([^)#]+)(#[^)]*)?\)")
 YAML = re.compile(r"```yaml\n(.*?)```", re.DOTALL)
 
 
-def test_the_reference_is_what_the_code_says() -> None:
-    command = [sys.executable, str(ROOT / "scripts/write_reference.py"), "--check"]
+@pytest.mark.parametrize("script", ["write_reference.py", "write_figures.py"])
+def test_the_reference_is_what_the_code_and_the_figures_say(script: str) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / script), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 

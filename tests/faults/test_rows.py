@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from lorasmith.rows.records import BadRow, Record, read_records
 from lorasmith.rows.source import Limits
 from lorasmith.types import Conversation
 
+Passed = Callable[[str], None]
 GOOD = '{"instruction": "你是谁？", "input": "", "output": "甄嬛。"}'
 
 
@@ -111,10 +113,11 @@ ALPACA_ROWS = [
 
 @pytest.mark.parametrize(("line", "rule"), ALPACA_ROWS)
 def test_each_bad_line_is_told_with_its_number_and_the_others_go_on(
-    tmp_path: Path, line: str | bytes, rule: str
+    tmp_path: Path, passed: Passed, line: str | bytes, rule: str
 ) -> None:
     path = write(tmp_path / "rows.jsonl", GOOD, "", line, GOOD)
     assert rules_of(path, max_row_bytes=10_000) == {"rows.jsonl:3": rule}
+    passed("bad_rows")
 
 
 # These break the array itself, or are no element of one.
@@ -128,11 +131,12 @@ IN_ARRAYS = [
 
 @pytest.mark.parametrize(("element", "rule"), IN_ARRAYS)
 def test_each_bad_array_element_is_told_with_its_line_and_the_others_go_on(
-    tmp_path: Path, element: str, rule: str
+    tmp_path: Path, passed: Passed, element: str, rule: str
 ) -> None:
     path = write(tmp_path / "rows.json", "[", GOOD + ",", "", element + ",", GOOD, "]")
     assert rules_of(path, max_row_bytes=10_000) == {"rows.json:4": rule}
     assert sum(isinstance(row, Record) and row.origin == "rows.json:5" for row in read_records(path)) == 1
+    passed("bad_rows")
 
 
 USER, ANSWER, SYSTEM = (
@@ -166,9 +170,10 @@ CHATS = [
 
 
 @pytest.mark.parametrize(("messages", "rule"), CHATS)
-def test_each_wrong_conversation_is_told(tmp_path: Path, messages: str, rule: str) -> None:
+def test_each_wrong_conversation_is_told(tmp_path: Path, passed: Passed, messages: str, rule: str) -> None:
     path = write(tmp_path / "chat.jsonl", "", f'{{"messages": {messages}}}')
     assert rules_of(path, "messages") == {"chat.jsonl:2": rule}
+    passed("bad_rows")
 
 
 def test_ten_thousand_turns_are_read_and_one_more_pair_is_not(tmp_path: Path) -> None:
@@ -353,9 +358,12 @@ CSV_ROWS = [
 
 
 @pytest.mark.parametrize(("line", "rule"), CSV_ROWS)
-def test_each_bad_csv_row_is_told_with_the_line_it_begins_on(tmp_path: Path, line: str, rule: str) -> None:
+def test_each_bad_csv_row_is_told_with_the_line_it_begins_on(
+    tmp_path: Path, passed: Passed, line: str, rule: str
+) -> None:
     path = write(tmp_path / "rows.csv", "instruction,input,output", '"two', 'lines",,a', line, "q,,a")
     assert rules_of(path) == {"rows.csv:4": rule}
+    passed("bad_rows")
 
 
 @pytest.mark.parametrize(

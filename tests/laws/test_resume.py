@@ -70,7 +70,7 @@ def result(run):
 
 
 @pytest.mark.parametrize(("kind", "lora"), CELLS)
-def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, kind, lora):
+def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, kind, lora, passed):
     directory = save_tiny(kind, tmp_path / "base")
     lora = ls.LoraConfig(r=4, lora_dropout=0.2, **lora)
     fit(directory, tmp_path / "whole", lora=lora)
@@ -79,6 +79,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, kind, lora):
     assert list_checkpoints(tmp_path / "cut")[-1].name == "step-000009"
     fit(directory, tmp_path / "cut", resume=True, lora=lora)
     assert result(tmp_path / "cut") == result(tmp_path / "whole")
+    passed("resume_cells")
 
 
 def test_the_law_can_fail(tmp_path):
