@@ -31,7 +31,7 @@ ROWS = {
     "power_cuts": "states of the disk after a power cut during a run",
     "cache_races": "races of four processes for one data cache, its files damaged on the way",
     "resume_cells": "cells of model x adapter whose resume is the uninterrupted run bit by bit",
-    "bad_rows": "kinds of bad row, told with file and line",
+    "bad_rows": "bad rows, in JSONL, arrays, chats and CSV, told with file and exact line",
 }
 
 

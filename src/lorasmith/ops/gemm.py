@@ -35,8 +35,8 @@ _KEPT = 64
 def bound_product_stores() -> None:
     """Let oneDNN keep 64 compiled products instead of 1,024; what the environment says wins.
 
-    It compiles one for every new shape, and every step's row has another length: with 1,024 a process grows
-    by up to 660 MB, and saves a millisecond now and then. Both stores read their size once, at the first
+    It compiles one for every new shape, and every step's row has another length: 1,024 would take some 660 MB
+    and save a millisecond now and then. Both stores read their size once, at the first
     product of the process: afterwards this changes nothing. There is no call for it in torch.
     """
     for name in _STORES:
