@@ -7,6 +7,7 @@ costs a fraction of a second.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -346,5 +347,4 @@ def _lasting(data: DataConfig) -> DataConfig:
 
 def _absolute(path_or_repo: str) -> str:
     """A run outlives the working directory it was started from; hub names stay as they are."""
-    path = Path(path_or_repo)
-    return str(path.resolve()) if path.exists() else path_or_repo
+    return str(Path(path_or_repo).resolve()) if os.path.exists(path_or_repo) else path_or_repo

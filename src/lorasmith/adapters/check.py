@@ -1,4 +1,4 @@
-"""An adapter directory from elsewhere, checked against the base before peft loads any of it.
+"""An adapter directory from elsewhere, checked against the base before any of it is used.
 
 What the adapter must be is asked of peft itself, on a copy of the base without memory (meta device): the
 names and shapes that it lists there are those the file must have, neither more nor less.
@@ -12,6 +12,7 @@ import pickle
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
@@ -26,6 +27,7 @@ from lorasmith.files.adapter_config import read_adapter_config, several
 from lorasmith.files.adapter_dir import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLED_ADAPTER_WEIGHTS
 from lorasmith.files.model_dir import require_regular
 from lorasmith.files.name_patterns import try_patterns
+from lorasmith.files.tensor_header import TensorHeader, read_header
 
 Shape: TypeAlias = tuple[int, ...]
 _MOST_TENSORS = 200_000
@@ -37,26 +39,57 @@ _FLOATS = {
 }
 
 
-def checked_adapter(module: nn.Module, directory: Path) -> peft.LoraConfig:
-    """The adapter's settings, once they and its tensors are known to fit `module` and to be finite.
+@dataclass(frozen=True)
+class Fit:
+    """What an adapter's file must be over one base."""
 
-    Raises: SetupError naming the key or the tensors; ValueError and others of peft's own for settings that no
-    layer of the base takes.
+    config: peft.LoraConfig
+    wanted: Mapping[str, Shape]
+    """The tensors that it must hold."""
+    allowed: Mapping[str, Shape]
+    """These, and embeddings that peft saves beside an adapter on them."""
+    base: str
+    """The base that the adapter names."""
+
+
+def checked_adapter(module: nn.Module, directory: Path) -> peft.LoraConfig:
+    """The adapter's settings, once they and its tensors are known to fit `module` and to be finite. Only the
+    names, types and shapes of `module` count: it may lie on the meta device.
+
+    Raises: SetupError naming the key or the tensors.
+    """
+    fit = adapter_fit(module, directory)
+    weights = adapter_weights(directory)
+    with _unreadable_told(weights):
+        if weights.name == ADAPTER_WEIGHTS:
+            require_fit(read_header(weights), fit, weights)
+            _require_finite(_stored(weights), weights)
+        else:
+            _check_pickled(weights, fit)
+    return fit.config
+
+
+def adapter_fit(module: nn.Module, directory: Path) -> Fit:
+    """What the settings of the adapter ask of its tensors over `module`; none of them is read.
+
+    Raises: SetupError for settings that are refused, or that no layer of the base takes.
     """
     settings = read_adapter_config(directory)
     where = str(directory / ADAPTER_CONFIG)
     try_patterns(settings, [name for name, _ in module.named_modules()], where=where)
     known = {field.name for field in dataclasses.fields(peft.LoraConfig)}
-    config = peft.LoraConfig(**{key: value for key, value in settings.items() if key in known})
-    wanted, allowed = _wanted_shapes(module, config)
-    weights = _weights_file(directory)
+    try:
+        config = peft.LoraConfig(**{key: value for key, value in settings.items() if key in known})
+        wanted, allowed = _wanted_shapes(module, config)
+    except Exception as error:  # peft raises anything for settings that go with no layer
+        raise SetupError(
+            "the adapter does not fit this base model",
+            where=where,
+            why=(str(error).strip() or type(error).__name__).splitlines()[0],
+            fix="check that it was trained on this model (base_model_name_or_path in adapter_config.json)",
+        ) from error
     base = str(settings.get("base_model_name_or_path", "a model that it does not name"))
-    with _unreadable_told(weights):
-        if weights.name == ADAPTER_WEIGHTS:
-            _check_safetensors(weights, wanted, allowed, base)
-        else:
-            _check_pickled(weights, wanted, allowed, base)
-    return config
+    return Fit(config, wanted, allowed, base)
 
 
 def _wanted_shapes(module: nn.Module, config: peft.LoraConfig) -> tuple[dict[str, Shape], dict[str, Shape]]:
@@ -97,8 +130,8 @@ def _module_of(name: str) -> str:
     return name.removeprefix("base_model.model.").partition(".lora_")[0]
 
 
-def _weights_file(directory: Path) -> Path:
-    """peft would look on the hub for a file that is not there."""
+def adapter_weights(directory: Path) -> Path:
+    """The file of its tensors; peft would look on the hub for one that is not there. Raises: SetupError."""
     for name in (ADAPTER_WEIGHTS, PICKLED_ADAPTER_WEIGHTS):
         if (directory / name).exists():
             require_regular(directory / name)
@@ -124,23 +157,21 @@ def _unreadable_told(weights: Path) -> Iterator[None]:
         raise SetupError(f"{weights.name} cannot be read", where=str(weights), why=why, fix=damaged) from None
 
 
-def _check_safetensors(
-    weights: Path, wanted: Mapping[str, Shape], allowed: Mapping[str, Shape], base: str
-) -> None:
+def require_fit(header: Mapping[str, TensorHeader], fit: Fit, weights: Path) -> None:
+    """The header alone against what the file must hold. Raises: SetupError naming the tensors."""
+    _require_few(len(header), weights)
+    _require_shapes({name: tensor.shape for name, tensor in header.items()}, fit, weights)
+    kinds = {name: tensor.dtype for name, tensor in header.items()}
+    _require_floats({name: kind for name, kind in kinds.items() if kind not in _FLOATS}, weights)
+
+
+def _stored(weights: Path) -> Iterator[tuple[str, Tensor]]:
     with safe_open(weights, framework="pt") as file:
-        names = list(file.keys())
-        _require_few(len(names), weights)
-        slices = {name: file.get_slice(name) for name in names}
-        found = {name: tuple(part.get_shape()) for name, part in slices.items()}
-        kinds = {name: part.get_dtype() for name, part in slices.items()}
-        _require_fit(found, wanted, allowed, weights, base)
-        _require_floats({name: kind for name, kind in kinds.items() if kind not in _FLOATS}, weights)
-        _require_finite(((name, file.get_tensor(name)) for name in names), weights)
+        for name in list(file.keys()):
+            yield name, file.get_tensor(name)
 
 
-def _check_pickled(
-    weights: Path, wanted: Mapping[str, Shape], allowed: Mapping[str, Shape], base: str
-) -> None:
+def _check_pickled(weights: Path, fit: Fit) -> None:
     """Unpickled with weights_only, and only where the archive holds no more than the file's own bytes."""
     size = require_regular(weights)
     with zipfile.ZipFile(weights) as archive:  # the format before torch 1.6 is no zip, and has no limits
@@ -153,8 +184,7 @@ def _check_pickled(
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise pickle.UnpicklingError("it is no table of tensors")
     _require_few(len(tensors), weights)
-    found = {str(name): tuple(tensor.shape) for name, tensor in tensors.items()}
-    _require_fit(found, wanted, allowed, weights, base)
+    _require_shapes({str(name): tuple(tensor.shape) for name, tensor in tensors.items()}, fit, weights)
     strange = {name: str(t.dtype) for name, t in tensors.items() if t.dtype not in _FLOATS.values()}
     _require_floats(strange, weights)
     _require_finite(iter(tensors.items()), weights)
@@ -166,19 +196,13 @@ def _require_few(count: int, weights: Path) -> None:
         raise SetupError(f"{weights.name} is refused", where=str(weights), why=why)
 
 
-def _require_fit(
-    found: Mapping[str, Shape],
-    wanted: Mapping[str, Shape],
-    allowed: Mapping[str, Shape],
-    weights: Path,
-    base: str,
-) -> None:
-    missing = sorted(set(wanted) - set(found))
-    unknown = sorted(set(found) - set(allowed))
+def _require_shapes(found: Mapping[str, Shape], fit: Fit, weights: Path) -> None:
+    missing = sorted(set(fit.wanted) - set(found))
+    unknown = sorted(set(found) - set(fit.allowed))
     misshapen = [
-        f"{name} {found[name]} instead of {allowed[name]}"
+        f"{name} {found[name]} instead of {fit.allowed[name]}"
         for name in sorted(found)
-        if name in allowed and found[name] != allowed[name]
+        if name in fit.allowed and found[name] != fit.allowed[name]
     ]
     problems = {"missing": missing, "unknown": unknown, "misshapen": misshapen}
     told = [f"{kind}: {several(names)}" for kind, names in problems.items() if names]
@@ -187,7 +211,7 @@ def _require_fit(
             "the adapter does not fit this base model",
             where=str(weights),
             why=". ".join(told),
-            fix=f"load it over the model that it was trained on; it names {base}",
+            fix=f"load it over the model that it was trained on; it names {fit.base}",
         )
 
 

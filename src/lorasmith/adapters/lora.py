@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 from transformers import PreTrainedModel
 
-from lorasmith.adapters.check import checked_adapter
+from lorasmith.adapters.check import adapter_weights, checked_adapter
 from lorasmith.adapters.dropout import DropoutClock, use_stateless_dropout
 from lorasmith.adapters.lora_linear import use_fast_linear
 from lorasmith.adapters.mutated_init import as_plain_lora, moves_base_weights, plain_config
@@ -109,6 +109,20 @@ def load_adapter(module: PreTrainedModel, directory: Path, *, trainable: bool = 
             fix="check that it was trained on this model (base_model_name_or_path in adapter_config.json)",
         ) from error
     return model if trainable else model.eval()
+
+
+def read_adapter(module: nn.Module, directory: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a PEFT directory under their file names, on the CPU, without loading them into `module`.
+
+    Raises: SetupError as `load_adapter`.
+    """
+    with quiet_peft():
+        checked_adapter(module, directory)
+    weights = adapter_weights(directory)
+    if weights.name == ADAPTER_WEIGHTS:
+        return load_file(weights)
+    tensors: dict[str, torch.Tensor] = torch.load(weights, map_location="cpu", weights_only=True)
+    return tensors
 
 
 def adapter_tensors(model: peft.PeftModel) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from lorasmith.doctor import chat, disk, machine, model_files, numerics, versions
+from lorasmith.doctor import adapter_files, chat, disk, machine, model_files, numerics, versions
 from lorasmith.doctor.check import Check, Examine, guarded
 from lorasmith.errors import LorasmithError, SetupError
 from lorasmith.files.adapter_dir import ChatSettings, is_adapter_dir, read_chat_settings, settings_asked
@@ -37,7 +37,7 @@ def examine(request: Request) -> Iterator[Check]:
         plan.append(("numerics", partial(numerics.numerics_checks, directory, family)))
     adapter = request.adapter or _run_of(request.model)
     if adapter is not None:
-        plan.append(("adapter", partial(model_files.adapter_check, Path(adapter))))
+        plan.append(("adapter", partial(adapter_files.adapter_checks, Path(adapter), directory, family)))
     for name, look in plan:
         yield from guarded(name, look)
 

@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
-
 from lorasmith.doctor.check import Check
 from lorasmith.errors import SetupError
 from lorasmith.families.opening import open_family
-from lorasmith.files.adapter_dir import ADAPTER_CONFIG, ADAPTER_WEIGHTS, GOLDEN_FILE
 from lorasmith.files.model_dir import read_json, read_json_if_there
+from lorasmith.files.tensor_header import read_header
 from lorasmith.model.load import CODE_KEYS
 from lorasmith.model.plugin_classes import family_config
-from lorasmith.runs.manifest import newest_checkpoint
-from lorasmith.runs.run_dir import adapter_of
 
 _AGAIN = "`lorasmith download` fetches what is missing; a directory of your own: copy it again"
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_WIDEST_HEADER = 100_000_000
-"""The format's own limit, in bytes."""
 
 
 def family_check(directory: Path, family: str) -> Check:
@@ -81,29 +72,6 @@ def hash_checks(directory: Path) -> Iterator[Check]:
             yield Check(f"sha256 {name}", "fail", told, f"delete {path.resolve()}, then {_AGAIN}")
 
 
-def adapter_check(directory: Path) -> Check:
-    """An adapter's or a run's files: readable, finite, trained. Raises: SetupError, CheckpointError."""
-    adapter = adapter_of(directory, None)
-    config = read_json(adapter / ADAPTER_CONFIG)
-    tensors = load_file(adapter / ADAPTER_WEIGHTS)
-    wild = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
-    if wild:
-        return Check("adapter", "fail", f"{len(wild)} tensors are not finite", "take an earlier checkpoint")
-    told = f"{config.get('peft_type')}, r {config.get('r')}, {len(tensors)} tensors"
-    seconds = [tensor for name, tensor in tensors.items() if "lora_B" in name]
-    if seconds and not any(torch.count_nonzero(tensor) for tensor in seconds):
-        remedy = "train it: it answers as its base does"
-        return Check("adapter", "warn", f"{told}; every B is zero", remedy)
-    skipped = newest_checkpoint(directory)[1]
-    if skipped:
-        names = ", ".join(path.name for path in skipped)
-        return Check(
-            "adapter", "warn", f"{told}; damaged: {names}", "a resume passes over damaged checkpoints"
-        )
-    golden = f", {GOLDEN_FILE} for `lorasmith verify`" if (directory / GOLDEN_FILE).exists() else ""
-    return Check("adapter", "ok", told + golden)
-
-
 def shards_of(directory: Path) -> dict[str, set[str]]:
     """File name -> the tensors that the index puts into it; without an index, one file and no names."""
     for index in _INDEXES:
@@ -139,19 +107,11 @@ def _faults(path: Path, tensors: set[str]) -> Iterator[str]:
 
 
 def _safetensors_faults(path: Path, tensors: set[str]) -> Iterator[str]:
-    """By the header alone. Source: the safetensors format, 8 bytes of length, a JSON header, then data."""
-    size = path.stat().st_size
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length)) if length <= min(size, _WIDEST_HEADER) else {}
-        ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
-    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError):
-        yield f"{path.name} has no readable header"
+        header = read_header(path)
+    except SetupError as error:
+        yield f"{path.name}: {error.why or error.what}"
         return
-    wanted = 8 + length + max(ends, default=0)
-    if not ends or size != wanted:
-        yield f"{path.name} has {size:,} bytes, its header says {wanted:,}"
     missing = tensors - header.keys()
     if missing:
         yield f"{path.name} lacks {len(missing)} tensors of the index, e.g. {min(missing)}"

@@ -17,17 +17,18 @@ from typing import Any
 
 import torch
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from lorasmith.errors import ConfigError, SetupError
+from lorasmith.adapters.lora import read_adapter
+from lorasmith.errors import ConfigError
 from lorasmith.exporting.layout import PROJECTIONS, NativeLayout, layout_around, projection_rows
 from lorasmith.exporting.native import unit_rows
 from lorasmith.exporting.staging import keep_golden, staged
+from lorasmith.files.adapter_config import read_adapter_config
 from lorasmith.files.adapter_dir import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from lorasmith.files.model_dir import read_json
+from lorasmith.model.load import empty_module
 from lorasmith.storage import Storage
 
 _PREFIX = "base_model.model."
@@ -60,12 +61,12 @@ def convert(
     """`config` is of the model that the adapter was trained on; `new_base` names the one it is for now.
 
     Raises: ConfigError if there is nothing to convert, or the adapter is more than plain LoRA; SetupError for
-    tensors that are not this model's, and for content in `output_dir`.
+    settings that are refused, tensors that are not this model's, and content in `output_dir`.
     """
-    tree = read_json(adapter / ADAPTER_CONFIG)
+    tree = read_adapter_config(adapter)
     _require_plain(tree, adapter)
     layout, rows = layout_around(config, to=to), projection_rows(config)
-    modules, whole = _read(_tensors(adapter), tree)
+    modules, whole = _read(read_adapter(empty_module(config), adapter), tree)
     if to == "split":
         modules, whole = _split(modules, layout, rows), _native_whole(whole, layout)
     else:
@@ -78,17 +79,9 @@ def convert(
         keep_golden(storage, adapter, folder)
 
 
-def _tensors(adapter: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(adapter / ADAPTER_WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise SetupError("the adapter's weights cannot be read", where=str(adapter), why=str(error)) from None
-
-
 def _require_plain(tree: Mapping[str, Any], adapter: Path) -> None:
-    kind = tree.get("peft_type")
-    if kind != "LORA" or tree.get("bias", "none") != "none":
-        what = f"only plain LoRA is converted, not {kind} with bias {tree.get('bias')!r}"
+    if tree.get("bias", "none") != "none":
+        what = f"only plain LoRA is converted, not one with bias {tree['bias']!r}"
         raise ConfigError(what, where=str(adapter / ADAPTER_CONFIG))
     for key, why in _PLAIN_ONLY.items():
         if tree.get(key):
@@ -128,7 +121,6 @@ def _split(
         if not names:
             split[_renamable(path, layout)] = whole
             continue
-        _require_rows(path, len(whole.b_OR), sum(rows))
         for name, b_OR in zip(names, whole.b_OR.split(rows), strict=True):
             split[name] = Factors(whole.a_RD.clone(), b_OR.clone(), whole.scale)
     return split
@@ -168,8 +160,6 @@ def _fused_path(path: str, layout: NativeLayout) -> str:
 def _joined(path: str, parts: Mapping[str, Factors], rows: Mapping[str, int]) -> Factors:
     """A projection without an adapter keeps rows of zeros. The scale is that of the first part."""
     first = next(iter(parts.values()))
-    for name, part in parts.items():
-        _require_rows(f"{name} of {path}", len(part.b_OR), rows[name])
     scaled = {
         name: part.b_OR if part.scale == first.scale else part.b_OR * (part.scale / first.scale)
         for name, part in parts.items()
@@ -181,13 +171,6 @@ def _joined(path: str, parts: Mapping[str, Factors], rows: Mapping[str, int]) ->
     blocks = [scaled.get(name, first.b_OR.new_zeros(count, 0)) for name, count in rows.items()]
     a_RD = torch.cat([parts[name].a_RD for name in rows if name in parts])
     return Factors(a_RD, torch.block_diag(*blocks), first.scale)
-
-
-def _require_rows(what: str, found: int, wanted: int) -> None:
-    if found != wanted:
-        why = f"{what} has {found} rows in the adapter and {wanted} in the model"
-        fix = "name the model that the adapter was trained on with --base"
-        raise SetupError("the adapter does not fit this base model", why=why, fix=fix)
 
 
 def _native_whole(whole: Mapping[str, Tensor], layout: NativeLayout) -> dict[str, Tensor]:
@@ -224,6 +207,8 @@ def _described(
     saved = {name.rpartition(".")[0].rpartition(".")[2] for name in whole}
     return {
         **tree,
+        "peft_type": "LORA",
+        "inference_mode": True,
         "target_modules": sorted(names),
         "modules_to_save": sorted(saved) or None,
         "r": r,

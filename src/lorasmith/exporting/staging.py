@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from lorasmith.errors import SetupError
 from lorasmith.files.adapter_dir import GOLDEN_FILE
 from lorasmith.files.links import refuse_links
+from lorasmith.json_file import LARGEST_JSON
 from lorasmith.storage import Storage, hidden_name, told
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
@@ -61,8 +62,9 @@ def refuse_content(target: Path) -> None:
 def keep_golden(storage: Storage, source: Path, folder: Path) -> None:
     """What an adapter said at the end of its training goes along, so that `lorasmith verify` can ask again.
     A checkpoint has none: it is another adapter."""
-    if (source / GOLDEN_FILE).exists():
-        storage.create(folder / GOLDEN_FILE, (source / GOLDEN_FILE).read_bytes())
+    path = source / GOLDEN_FILE
+    if path.is_file() and path.stat().st_size <= LARGEST_JSON:
+        storage.create(folder / GOLDEN_FILE, path.read_bytes())
 
 
 @contextmanager

@@ -6,14 +6,14 @@ from pathlib import Path
 
 from lorasmith.families import checked_tokenizer, find_family, stop_ids_of
 from lorasmith.families.base import Family
-from lorasmith.files.model_dir import read_json, read_json_if_there
+from lorasmith.files.model_config import read_generation_json, read_model_json
 from lorasmith.text.loading import load_tokenizer
 from lorasmith.text.template import ChatFormat
 
 
 def open_family(directory: Path, name: str = "auto") -> Family:
     """Raises: SetupError without config.json; FamilyError if no family fits it."""
-    return find_family(read_json(directory / "config.json"), name)
+    return find_family(read_model_json(directory), name)
 
 
 def open_chat(
@@ -25,12 +25,12 @@ def open_chat(
     """
     found = open_family(directory, family)
     tokenizer = checked_tokenizer(found, load_tokenizer(directory, found.special_pieces))
-    stop_ids = stop_ids_of(read_json_if_there(directory / "generation_config.json"))
+    stop_ids = stop_ids_of(read_generation_json(directory))
     return found, found.chat_format(chat_format, tokenizer, stop_ids)
 
 
 def context_length(directory: Path) -> int | None:
     """Tokens that the model was made for, by the names that config.json files use for it."""
-    tree = read_json(directory / "config.json")
+    tree = read_model_json(directory)
     names = ("max_position_embeddings", "seq_length", "model_max_length", "n_positions")
     return next((int(tree[name]) for name in names if tree.get(name)), None)

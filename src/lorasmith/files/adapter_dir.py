@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lorasmith.errors import SetupError
-from lorasmith.files.model_dir import read_json, read_json_if_there
+from lorasmith.files.model_dir import read_json, unreadable
+from lorasmith.json_file import as_record
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PICKLED_ADAPTER_WEIGHTS = "adapter_model.bin"
@@ -14,6 +15,9 @@ ADAPTER_CONFIG = "adapter_config.json"
 CHAT_FORMAT_FILE = "chat_format.json"
 GOLDEN_FILE = "golden.json"
 """What the adapter said when its training ended; it goes along with whatever is made of the adapter."""
+
+_LARGEST_FILE = 2**20
+_LONGEST_NAME = 4000
 
 
 @dataclass(frozen=True)
@@ -37,18 +41,31 @@ def is_adapter_dir(path: Path) -> bool:
 def read_chat_settings(path: Path) -> ChatSettings:
     """Of a run; an adapter from elsewhere says only its base model.
 
-    Raises: SetupError if the base model is not named.
+    Raises: SetupError if the base model is not named, or the file that should name it is damaged.
     """
     if (path / CHAT_FORMAT_FILE).exists():
-        return ChatSettings(**read_json(path / CHAT_FORMAT_FILE))
-    base = read_json_if_there(path / ADAPTER_CONFIG).get("base_model_name_or_path")
+        return _chat_settings(path / CHAT_FORMAT_FILE)
+    tree = read_json(path / ADAPTER_CONFIG, most_bytes=_LARGEST_FILE, strict=True)
+    base = tree.get("base_model_name_or_path")
     if not base:
         raise SetupError(
             "this adapter does not say which base model it belongs to",
             where=str(path / ADAPTER_CONFIG),
             fix="give the base model's directory, and the adapter with --adapter",
         )
+    if not isinstance(base, str) or len(base) > _LONGEST_NAME:
+        raise unreadable(path / ADAPTER_CONFIG, "base_model_name_or_path is no name")
     return ChatSettings(base=base)
+
+
+def _chat_settings(path: Path) -> ChatSettings:
+    try:
+        found = as_record(ChatSettings, read_json(path, most_bytes=_LARGEST_FILE, strict=True))
+        if not 0 < len(found.base) <= _LONGEST_NAME:
+            raise ValueError("base is no name")
+    except ValueError as error:
+        raise unreadable(path, str(error)) from None
+    return found
 
 
 def settings_asked(path: str, adapter: str | None, hub: str, revision: str | None) -> ChatSettings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -44,8 +45,8 @@ def resolve(
     `local_files_only` None: as HF_HUB_OFFLINE says. Raises: SetupError if there is neither; StorageError if
     the disk is full.
     """
-    path = Path(path_or_repo).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(path_or_repo))
+    if os.path.isdir(path):  # unlike Path's own, it takes a name that no system can have for absent
         return path
     _require_hub_name(path_or_repo, path)
     return download(path_or_repo, hub=hub, revision=revision, local_files_only=local_files_only)
@@ -75,7 +76,7 @@ def download(
 
 def _require_hub_name(text: str, path: Path) -> None:
     fix = "check the path; a hub name is written org/name"
-    if path.is_file():
+    if os.path.isfile(path):
         fix = f"name its directory: {path.parent}"
         raise SetupError(f"{text} is a file, not the directory of a model", fix=fix)
     if text.startswith((".", "~", "/")) or text.count("/") > 1 or "\\" in text:

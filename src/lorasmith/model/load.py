@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
 from lorasmith.errors import FamilyError, SetupError
-from lorasmith.files.model_dir import read_json
+from lorasmith.files.model_config import read_model_json
 from lorasmith.native.registry import native_model_type, register_native
 from lorasmith.ops.gemm import bound_product_stores
 
@@ -33,7 +32,7 @@ def read_model_config(directory: Path) -> PretrainedConfig:
     Raises: SetupError without a readable config.json; FamilyError for a model_type that transformers does
     not know or that is no causal language model.
     """
-    tree = read_json(directory / "config.json")
+    tree = read_model_json(directory)
     if "quantization_config" in tree:
         raise SetupError(
             "this base model is quantised",
@@ -52,7 +51,15 @@ def read_model_config(directory: Path) -> PretrainedConfig:
         )
     for key in CODE_KEYS:
         tree.pop(key, None)
-    config: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(tree)
+    try:
+        config: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(tree)
+    except Exception as error:  # each class checks its keys in its own way, with errors of any kind
+        raise SetupError(
+            f"config.json is no config of a {model_type} model",
+            where=str(directory / "config.json"),
+            why=_first_line(error),
+            fix="get this file again from the model's own source",
+        ) from error
     return config
 
 
@@ -88,17 +95,20 @@ def load_base(
             why="a .bin file is a pickle, and this one names code to run; it was not run",
             fix="get the model from a source you trust, best as safetensors",
         ) from error
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()
+    except Exception as error:  # transformers raises anything at all for files that are damaged
         raise SetupError(
             "the weights cannot be read",
             where=str(directory),
-            why=reason[0] if reason else type(error).__name__,
+            why=_first_line(error),
             fix="check that the directory is a complete download (`lorasmith download` resumes one)",
         ) from error
     _refuse_gaps(info, directory)
     base: PreTrainedModel = module.to(device).eval()
     return base
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager

@@ -191,8 +191,8 @@ def row_too_long(limit: int) -> JsonFault:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise JsonFault("duplicate-key", repr(twice), "keep one of the two: readers differ on which counts")
     return fields
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.errors import CheckpointError
+from lorasmith.json_file import LARGEST_JSON, as_record, parse_object, read_object, read_regular
 
 FORMAT = 3
 """Of MANIFEST.json and state.json."""
@@ -72,6 +73,9 @@ class TrainState:
         )
 
 
+_STATE_KEYS = {field.name for field in fields(TrainState)}
+
+
 def checkpoint_dir(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step:06d}"
 
@@ -114,8 +118,8 @@ def _damage(path: Path, hashes: bool) -> str | None:
     irregular = [p.name for p in path.iterdir() if p.is_symlink() or not p.is_file()]
     if irregular:
         return f"not regular files: {', '.join(sorted(irregular))}"
-    data = (path / MANIFEST).read_bytes()
-    manifest = json.loads(data)
+    data = read_regular(path / MANIFEST, LARGEST_JSON)
+    manifest = parse_object(data)
     if manifest.get("format") != FORMAT:
         return f"{MANIFEST} has format {manifest.get('format')!r}, this version of lorasmith reads {FORMAT}"
     there = {p.name for p in path.iterdir()} - {MANIFEST}
@@ -134,12 +138,16 @@ def _damage(path: Path, hashes: bool) -> str | None:
 
 
 def read_state(path: Path) -> TrainState:
-    """Raises: CheckpointError for a state that another version wrote."""
-    tree = json.loads((path / STATE).read_text(encoding="utf-8"))
-    known = {field.name for field in fields(TrainState)}
-    if tree.pop("format", None) != FORMAT or tree.keys() - known:
+    """Raises: CheckpointError for a state that is damaged, or that another version wrote."""
+    try:
+        tree = read_object(path / STATE)
+        is_ours = tree.pop("format", None) == FORMAT and tree.keys() <= _STATE_KEYS
+        state = as_record(TrainState, tree) if is_ours else None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{STATE} cannot be read", where=str(path / STATE), why=str(error)) from None
+    if state is None:
         raise CheckpointError("this checkpoint was written by another version of lorasmith", where=str(path))
-    return TrainState(**tree)
+    return state
 
 
 def manifest_bytes(files: Mapping[str, bytes], depends_on: Mapping[str, Any]) -> bytes:

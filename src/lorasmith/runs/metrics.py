@@ -43,7 +43,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 def _parsed(text: str) -> dict[str, Any] | None:
     try:
         tree = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return tree if isinstance(tree, dict) and isinstance(tree.get("step"), int) else None
 

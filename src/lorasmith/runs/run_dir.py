@@ -15,6 +15,7 @@ from lorasmith.files.adapter_dir import (
     ADAPTER_WEIGHTS,
     CHAT_FORMAT_FILE,
     GOLDEN_FILE,
+    PICKLED_ADAPTER_WEIGHTS,
     ChatSettings,
     is_adapter_dir,
 )
@@ -167,7 +168,8 @@ def adapter_of(path: Path, checkpoint: int | None) -> Path:
     """
     if checkpoint is not None:
         return _chosen_checkpoint(path, checkpoint)
-    if (path / ADAPTER_WEIGHTS).exists():
+    is_there = any((path / name).exists() for name in (ADAPTER_WEIGHTS, PICKLED_ADAPTER_WEIGHTS))
+    if is_there or not is_run_dir(path):  # an adapter from elsewhere is no run, whatever it lacks
         return path
     newest, _ = newest_checkpoint(path)
     if newest is None:

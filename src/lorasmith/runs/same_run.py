@@ -12,6 +12,7 @@ from typing import Any
 from lorasmith.batching.fingerprint import fingerprint, row_hashes
 from lorasmith.config import RunConfig
 from lorasmith.errors import CheckpointError, ConfigError
+from lorasmith.json_file import read_object
 from lorasmith.types import Example
 
 ROWS_FILE = "rows.json"
@@ -69,7 +70,7 @@ class RowHashes:
     def read(cls, run_dir: Path) -> RowHashes | None:
         """None where the file is absent or no longer what was written: it only serves to tell."""
         try:
-            tree = json.loads((run_dir / ROWS_FILE).read_text(encoding="utf-8"))
+            tree = read_object(run_dir / ROWS_FILE)
             text = str(tree["crc32"])
             hashes = tuple(text[i : i + _HASH] for i in range(0, len(text), _HASH))
             return cls(str(tree["sha256"]), hashes)

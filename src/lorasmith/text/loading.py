@@ -7,19 +7,23 @@ text is then lost without a word. The `auto_map` of tokenizer_config.json, code 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import tokenizers
 
 from lorasmith.errors import DataError, FamilyError, TokenizerError
+from lorasmith.json_file import read_object, read_regular
 from lorasmith.text.render import ChatTemplate, take_spans
 from lorasmith.tokenization.fast import FastTokenizer
 from lorasmith.tokenization.sentencepiece_model import SentencePieceTokenizer, SpecialPieces
 from lorasmith.tokenization.tokenizer import Tokenizer
 
 JsonObject: TypeAlias = dict[str, Any]
+_LARGEST_FILE = 2**28
+_LARGEST_TEMPLATE = 2**24
+"""Bytes: tokenizer files of some tens of MB are known, and templates of some tens of KB."""
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _CONTROLS = ("bos_token", "eos_token", "sep_token", "cls_token", "mask_token")
 _OTHER_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt", "tekken.json")
@@ -39,7 +43,7 @@ def load_tokenizer(directory: Path, special_pieces: SpecialPieces | None = None)
     """
     if special_pieces is not None:
         return _from_tokenizer_model(directory, special_pieces)
-    config = {**_read_optional(directory / "special_tokens_map.json"), **_tokenizer_config(directory)}
+    config = {**_settings(directory / "special_tokens_map.json"), **_tokenizer_config(directory)}
     named = {name: _text_of(config[name]) for name in _NAMED if config.get(name)}
     template = _chat_template(directory, config)
     definition = _definition(directory)
@@ -62,7 +66,8 @@ def _from_tokenizer_model(directory: Path, special_pieces: SpecialPieces) -> Tok
         )
     template = _chat_template(directory, _tokenizer_config(directory))
     try:
-        return SentencePieceTokenizer(path.read_bytes(), special_pieces, chat_template=template)
+        model = read_regular(path, _LARGEST_FILE)
+        return SentencePieceTokenizer(model, special_pieces, chat_template=template)
     except (OSError, RuntimeError, ValueError) as error:  # sentencepiece raises RuntimeError for a bad file
         raise _unreadable(path, str(error)) from None
 
@@ -70,8 +75,12 @@ def _from_tokenizer_model(directory: Path, special_pieces: SpecialPieces) -> Tok
 def _definition(directory: Path) -> JsonObject:
     path = directory / "tokenizer.json"
     definition = _read_json(path) if path.exists() else _converted(directory)
-    if not isinstance(definition.get("model"), dict) or not isinstance(definition.get("added_tokens"), list):
+    added = definition.get("added_tokens")
+    if not isinstance(definition.get("model"), dict) or not isinstance(added, list):
         raise _unreadable(path, "it has no `model` and `added_tokens`")
+    for token in added:
+        if not _is_token(token) or not isinstance(token, dict) or type(token.get("id")) is not int:
+            raise _unreadable(path, f"{str(token)[:60]} is no added token")
     return definition
 
 
@@ -116,7 +125,7 @@ def _add_missing(definition: JsonObject, config: Mapping[str, Any], named: Mappi
     """Added tokens that only tokenizer_config.json declares; control tokens that only the vocabulary has."""
     known = {token["content"] for token in definition["added_tokens"]}
     declared = {
-        token["content"]: (int(i), token) for i, token in config.get("added_tokens_decoder", {}).items()
+        token["content"]: (int(i), token) for i, token in (config.get("added_tokens_decoder") or {}).items()
     }
     vocabulary = definition["model"].get("vocab")
     for name in _CONTROLS:
@@ -135,7 +144,7 @@ def _added_token(token_id: int, flags: Mapping[str, Any]) -> JsonObject:
 
 def _flag_special(definition: JsonObject, controls: set[str]) -> None:
     for token in definition["added_tokens"]:
-        token["special"] = token["special"] or token["content"] in controls
+        token["special"] = token.get("special") or token["content"] in controls
 
 
 def _written_by(template: str | None, named: Mapping[str, str], added: list[JsonObject]) -> set[str]:
@@ -164,16 +173,61 @@ def _chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
         return _read_text(path)
     template = config.get("chat_template")
     if isinstance(template, list):
-        template = {item["name"]: item["template"] for item in template}.get("default")
-    return template if isinstance(template, str) else None
+        template = next((item["template"] for item in template if item["name"] == "default"), None)
+    return template
 
 
 def _tokenizer_config(directory: Path) -> JsonObject:
-    return _read_optional(directory / "tokenizer_config.json")
+    return _settings(directory / "tokenizer_config.json")
+
+
+def _settings(path: Path) -> JsonObject:
+    """Raises: TokenizerError naming the key whose value is not what it must be."""
+    tree = _read_json(path) if path.exists() else {}
+    for key, value in tree.items():
+        check = _is_token if key in _NAMED else _CHECKS.get(key)
+        if check is not None and value is not None and value != "" and not check(value):
+            raise _unreadable(path, f"{key} is {str(value)[:60]}")
+    return tree
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value.get("content") if isinstance(value, dict) else value, str)
+
+
+def _are_tokens(value: Any) -> bool:
+    return isinstance(value, list | dict) and all(map(_is_token, _values(value)))
+
+
+def _are_declared(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    return all(
+        key.isdecimal() and isinstance(token, dict) and _is_token(token) for key, token in value.items()
+    )
+
+
+def _is_template(value: Any) -> bool:
+    if not isinstance(value, list):
+        return isinstance(value, str)
+    return all(isinstance(item, dict) and _is_named_template(item) for item in value)
+
+
+def _is_named_template(item: JsonObject) -> bool:
+    return isinstance(item.get("name"), str) and isinstance(item.get("template"), str)
+
+
+_CHECKS: Mapping[str, Callable[[Any], bool]] = {
+    "added_tokens_decoder": _are_declared,
+    "additional_special_tokens": _are_tokens,
+    "extra_special_tokens": _are_tokens,
+    "chat_template": _is_template,
+}
 
 
 def _extra_specials(config: Mapping[str, Any]) -> set[str]:
-    listed = [*(config.get("additional_special_tokens") or []), *_values(config.get("extra_special_tokens"))]
+    keys = ("additional_special_tokens", "extra_special_tokens")
+    listed = [token for key in keys for token in _values(config.get(key))]
     return {_text_of(token) for token in listed}
 
 
@@ -185,24 +239,17 @@ def _text_of(token: Any) -> str:
     return str(token["content"] if isinstance(token, dict) else token)
 
 
-def _read_optional(path: Path) -> JsonObject:
-    return _read_json(path) if path.exists() else {}
-
-
 def _read_json(path: Path) -> JsonObject:
     try:
-        tree = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:
+        return read_object(path, most_bytes=_LARGEST_FILE)
+    except (OSError, ValueError) as error:
         raise _unreadable(path, str(error)) from None
-    if not isinstance(tree, dict):
-        raise _unreadable(path, f"it is a JSON {type(tree).__name__}, not an object")
-    return tree
 
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_regular(path, _LARGEST_TEMPLATE).decode("utf-8")
+    except (OSError, ValueError) as error:
         raise _unreadable(path, str(error)) from None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from typer.testing import CliRunner, Result
 
 import lorasmith as ls
 from lorasmith.cli.main import app
-from lorasmith.doctor import chat, disk, machine, model_files, numerics, versions
+from lorasmith.doctor import adapter_files, chat, disk, machine, model_files, numerics, versions
 from lorasmith.doctor.check import Check, guarded, worst
 from lorasmith.doctor.examine import Request, examine
 from lorasmith.errors import StorageError
@@ -288,20 +288,114 @@ def test_a_directory_of_no_family_is_told(tmp_path: Path) -> None:
 # An adapter
 
 
-def test_an_adapter_is_read(model: Path, tmp_path: Path) -> None:
-    module = ls.load_module(str(model), dtype="fp32")
-    rows = numerics.random_examples(90)
-    ls.train(module, rows, output_dir=tmp_path / "run", train=ls.TrainConfig(max_steps=1, learning_rate=1e-2))
-    assert model_files.adapter_check(tmp_path / "run").status == "ok"
-    path = tmp_path / "run" / "adapter_model.safetensors"
+@pytest.fixture(scope="module")
+def trained(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("trained") / "run"
+    train = ls.TrainConfig(max_steps=1, learning_rate=1e-2)
+    ls.train(
+        ls.load_module(str(whole), dtype="fp32"), numerics.random_examples(90), output_dir=run, train=train
+    )
+    return run
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def of_adapter(run: Path, base: Path | None) -> dict[str, Check]:
+    checks = guarded("adapter", lambda: adapter_files.adapter_checks(run, base))
+    return {check.name: check for check in checks}
+
+
+def change_tensors(run: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(run / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, run / "adapter_model.safetensors")
+
+
+def test_an_adapter_is_read_and_held_against_its_base(run: Path, whole: Path) -> None:
+    found = of_adapter(run, whole)
+    assert [check.status for check in found.values()] == ["ok", "ok"]
+    assert "28 tensors on 14 modules fit model's config.json; 14 of" in found["adapter fit"].found
+    path = run / "adapter_model.safetensors"
     tensors = load_file(path)
     save_file({n: t * (0 if "lora_B" in n else 1) for n, t in tensors.items()}, path)
-    assert "every B is zero" in model_files.adapter_check(tmp_path / "run").found
+    assert "every B is zero" in of_adapter(run, whole)["adapter"].found
     save_file({n: t * float("nan") for n, t in tensors.items()}, path)
-    assert "not finite" in model_files.adapter_check(tmp_path / "run").found
+    assert "not finite" in of_adapter(run, whole)["adapter"].found
     path.write_bytes(b"x")
-    (found,) = guarded("adapter", lambda: model_files.adapter_check(tmp_path / "run"))
-    assert found.status == "fail"
+    assert [(c.name, c.status) for c in of_adapter(run, whole).values()] == [("adapter", "fail")]
+
+
+A0 = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
+MISFITS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str, str]] = {
+    "no pair": (lambda t: t.pop(A0), f"missing: {A0}", "lora_B.weight has no A.weight"),
+    "rank": (lambda t: t.update({A0: t[A0][:3].clone()}), "(3, 64) instead of (8, 64)", "not multiply"),
+    "name": (
+        lambda t: t.update({"x.lora_A.weight": t[A0].clone()}),
+        "unknown: x.lora_A",
+        "x.lora_A.weight has no",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MISFITS)
+def test_an_adapter_that_does_not_fit_is_told_from_headers_alone(run: Path, whole: Path, kind: str) -> None:
+    change, over_base, alone = MISFITS[kind]
+    change_tensors(run, change)
+    with_base, without = of_adapter(run, whole), of_adapter(run, None)
+    assert with_base["adapter"].status == "fail"
+    assert over_base in with_base["adapter"].found
+    assert with_base["adapter"].remedy
+    assert without["adapter fit"].status == "fail"
+    assert alone in without["adapter fit"].found
+
+
+def test_no_weight_of_the_base_is_read(run: Path, model: Path) -> None:
+    """Only headers are left of the shards, and they still say whether it fits."""
+    for shard in model.glob("*.safetensors"):
+        data = shard.read_bytes()
+        header = data[: 8 + int.from_bytes(data[:8], "little")]
+        shard.unlink()
+        with shard.open("wb") as file:
+            file.write(header)
+            file.truncate(len(data))
+    assert of_adapter(run, model)["adapter fit"].status == "ok"
+
+
+def test_a_base_whose_files_contradict_its_config_is_told(run: Path, model: Path) -> None:
+    for shard in model.glob("*.safetensors"):
+        tensors = load_file(shard)
+        wide = {
+            n: torch.zeros(len(t) * 2, t.shape[1])
+            for n, t in tensors.items()
+            if n.endswith("down_proj.weight")
+        }
+        save_file(tensors | wide, shard)
+    found = of_adapter(run, model)["adapter fit"]
+    assert (found.status, "(64, 64) in the base's files, (32, 64) by its config.json" in found.found) == (
+        "fail",
+        True,
+    )
+
+
+def test_an_absent_base_is_said(run: Path, tmp_path: Path) -> None:
+    edit(run / "adapter_config.json", base_model_name_or_path="no/such-base")
+    found = {check.name: check for check in examine(Request(str(run), output_dir=str(tmp_path)))}
+    assert found["model"].status == "fail"
+    assert found["adapter fit"].status == "warn"
+    assert "no/such-base is not on this machine" in found["adapter fit"].found
+    assert "--adapter" in found["adapter fit"].remedy
+    assert found["adapter"].status == "ok"
+
+
+def test_a_pickled_adapter_is_not_opened(run: Path, whole: Path) -> None:
+    (run / "adapter_model.safetensors").unlink()
+    (run / "adapter_model.bin").write_bytes(b"cos\nsystem\n")
+    found = of_adapter(run, whole)["adapter"]
+    assert (found.status, "nothing of it was read" in found.found) == ("warn", True)
+    assert "safetensors" in found.remedy
 
 
 # Numbers
