@@ -200,9 +200,9 @@ def train(
     this model cannot take; MemoryLimitError; DivergedError; NotReproducedError; StorageError; Interrupted (a
     KeyboardInterrupt too) by SIGINT, SIGTERM or SIGUSR1, with a checkpoint to resume from.
     """
-    from lorasmith.data.dataset import Dataset
-    from lorasmith.evaluation.golden import base_fingerprint, keep_golden
+    from lorasmith.evaluation.golden import base_fingerprint, is_golden
     from lorasmith.evaluation.loss import loss_while_training
+    from lorasmith.evaluation.recording import keep_golden
     from lorasmith.model.model import Model
     from lorasmith.runs.lock import run_lock
     from lorasmith.runs.progress import default_reporter
@@ -224,9 +224,12 @@ def train(
     with run_lock(storage, Path(output_dir), reporter):
         outcome = session.run(held_out_loss, resume=resume)
         run = _ended(session, model, outcome)
-        if isinstance(model, Model) and outcome.trained:
-            told = data.conversations if isinstance(data, Dataset) else ()
-            keep_golden(model, told, config.train.golden_rows, base, storage, session.run_dir)
+        if not outcome.trained and is_golden(session.run_dir):
+            return run
+        if not outcome.trained:
+            reporter.note("golden.json is missing or damaged: it is written anew, for `lorasmith verify`")
+        tuned = model if isinstance(model, Model) else outcome.model
+        keep_golden(tuned, data, config.train.golden_rows, base, storage, session.run_dir)
     return run
 
 

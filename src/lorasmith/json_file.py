@@ -21,15 +21,17 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _Kind = TypeVar("_Kind")
 
 
-def read_object(path: Path, *, most_bytes: int = LARGEST_JSON, strict: bool = False) -> dict[str, Any]:
-    """A JSON object. `strict`: no key twice, neither NaN nor Infinity.
+def read_object(
+    path: Path, *, most_bytes: int = LARGEST_JSON, strict: bool = False, deepest: int | None = DEEPEST
+) -> dict[str, Any]:
+    """A JSON object. `strict`: no key twice, neither NaN nor Infinity. `deepest` None: what Python can parse.
 
     Raises: OSError; ValueError for what is no regular file, too large, too deep, no UTF-8 or no object.
     """
-    return parse_object(read_regular(path, most_bytes), strict=strict)
+    return parse_object(read_regular(path, most_bytes), strict=strict, deepest=deepest)
 
 
-def parse_object(data: bytes, *, strict: bool = False) -> dict[str, Any]:
+def parse_object(data: bytes, *, strict: bool = False, deepest: int | None = DEEPEST) -> dict[str, Any]:
     """The same out of bytes. Raises: ValueError."""
     try:
         tree = (_STRICT if strict else _LAX).decode(data.decode("utf-8"))
@@ -37,7 +39,8 @@ def parse_object(data: bytes, *, strict: bool = False) -> dict[str, Any]:
         raise ValueError("its values are nested too deep") from None
     if not isinstance(tree, dict):
         raise ValueError(f"it is a {type(tree).__name__}, not a JSON object")
-    _refuse_deep(tree)
+    if deepest is not None:
+        _refuse_deep(tree, deepest)
     if _SURROGATE.search(data):
         _refuse_surrogates(tree)
     return tree
@@ -73,21 +76,21 @@ def as_record(kind: type[_Kind], tree: Mapping[str, Any]) -> _Kind:
         raise ValueError(f"{place}: {first['msg'][:200]}") from None
 
 
-def _refuse_deep(tree: dict[str, Any]) -> None:
+def _refuse_deep(tree: dict[str, Any], deepest: int) -> None:
     level: list[Any] = [tree]
-    for _ in range(DEEPEST):
+    for _ in range(deepest):
         inner = [child for node in level for child in (node.values() if isinstance(node, dict) else node)]
         level = [child for child in inner if isinstance(child, dict | list)]
         if not level:
             return
-    raise ValueError(f"its values are nested too deep: more than {DEEPEST} within each other")
+    raise ValueError(f"its values are nested too deep: more than {deepest} within each other")
 
 
 def _refuse_surrogates(tree: dict[str, Any]) -> None:
     """Half a character can be neither printed nor written again."""
     try:
         json.dumps(tree, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
+    except (UnicodeEncodeError, RecursionError):
         raise ValueError("it holds half a character (a lone surrogate)") from None
 
 

@@ -8,42 +8,35 @@ B = prompts.
 from __future__ import annotations
 
 import hashlib
-import json
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import get_args
 
 import numpy as np
-import peft
 import torch
 from torch import Tensor, nn
 
-from lorasmith.errors import DataError, SetupError
+from lorasmith.errors import SetupError
 from lorasmith.exporting.proof import logits_of
 from lorasmith.files.adapter_dir import GOLDEN_FILE
-from lorasmith.files.model_dir import read_json
 from lorasmith.infer.continuation import Continuation
-from lorasmith.infer.decode import PASS_COST, context_length, stop_ids
-from lorasmith.infer.generate import with_system
-from lorasmith.model.dtype import DTYPE_NAMES
-from lorasmith.model.load import module_dtype
-from lorasmith.model.model import Model
+from lorasmith.infer.decode import PASS_COST
+from lorasmith.json_file import as_record, read_object
+from lorasmith.model.dtype import DTYPES
 from lorasmith.model.packed import base_module
-from lorasmith.storage import Storage
 from lorasmith.text.template import ChatFormat
-from lorasmith.types import Conversation, Message
+from lorasmith.types import Conversation, Message, Role
 
 FORMAT = 1
-SENTENCES = ("Who are you, and what can you do?", "你是谁？请用一句话介绍你自己。")
 KEPT_LOGITS = 8
 ANSWER_TOKENS = 16
 LONGEST_PROMPT = 512  # tokens; a longer one proves no more and costs T x V logits
-MOST_TRIED = 64  # rows looked at for prompts that are short enough
+_LARGEST_FILE = 2**24
+_MOST_PROMPTS = 10_000
+_LARGEST_ID = 2**31
 LIBRARIES = ("lorasmith", "torch", "transformers", "peft", "tokenizers")
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
@@ -56,6 +49,7 @@ class GoldenPrompt:
     """One prompt and what was said to it."""
 
     messages: tuple[Mapping[str, str], ...]
+    """Empty for a prompt of ids: the beginning of a training example, or ids drawn by chance."""
     input_ids: tuple[int, ...]
     top_ids: tuple[int, ...]
     """The K likeliest first tokens, the likeliest first."""
@@ -65,6 +59,7 @@ class GoldenPrompt:
     answer_ids: tuple[int, ...]
     """Greedy, at most ANSWER_TOKENS of them, a stop id included."""
     answer: str
+    """Without a tokenizer: the ids as text."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +68,9 @@ class Golden:
 
     prompts: tuple[GoldenPrompt, ...]
     family: str
-    chat_format: str
+    """"auto" for a bare module, whose family nobody said."""
+    chat_format: str | None
+    """None for a bare module, which was trained on ids alone."""
     base: str
     """`base_fingerprint` of the model that was trained on."""
     tokenizer: Mapping[str, str]
@@ -81,48 +78,6 @@ class Golden:
     dtype: str
     device: str
     versions: Mapping[str, str]
-
-
-def keep_golden(
-    model: Model,
-    conversations: Sequence[Conversation],
-    rows: int,
-    base: str,
-    storage: Storage,
-    run_dir: Path,
-) -> None:
-    """Write golden.json into a finished run. The run stands whatever happens here: a failure is a warning."""
-    try:
-        tree = {"format": FORMAT, **asdict(record(model, conversations, rows, base))}
-        text = json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
-        storage.replace(run_dir / GOLDEN_FILE, text.encode())
-    except Exception as error:  # a finished run must not be lost to what only watches over it
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        warnings.warn(f"the run is whole, but {GOLDEN_FILE} could not be written: {reason}", stacklevel=2)
-
-
-def record(model: Model, conversations: Sequence[Conversation], rows: int, base: str) -> Golden:
-    """What `model` says now to the first `rows` prompts of `conversations` that fit, and to two sentences.
-
-    Raises: DataError if its chat format can write none of them.
-    """
-    neutral = [with_system(Conversation((Message("user", s),), "neutral"), model.system) for s in SENTENCES]
-    own = map(_prompt_of, conversations[:MOST_TRIED])
-    chosen = [*islice(_encoded(model, own), rows), *_encoded(model, neutral)]
-    if not chosen:
-        raise DataError("no prompt can be written in this chat format")
-    answers = greedy_ids(model.module, [ids for _, ids in chosen], ANSWER_TOKENS)
-    golden = tuple(_asked(model, *one, said) for one, said in zip(chosen, answers, strict=True))
-    return Golden(
-        prompts=golden,
-        family=model.family.name,
-        chat_format=model.chat_format.name,
-        base=base,
-        tokenizer=tokenizer_fingerprint(model.directory),
-        dtype=DTYPE_NAMES[module_dtype(base_module(model.module))],
-        device=base_module(model.module).device.type,
-        versions=installed_versions(),
-    )
 
 
 def read_golden(directory: Path) -> Golden:
@@ -133,20 +88,31 @@ def read_golden(directory: Path) -> Golden:
             f"there is no {GOLDEN_FILE}: nothing is known to hold this against",
             where=str(directory),
             why="it is written when a training ends, and goes along with `merge` and `convert`",
-            fix="verify the run itself, or train it to its end (lorasmith train --resume)",
+            fix="verify the run itself, or train it to its end (lorasmith train --resume), "
+            "which writes it anew where it is missing",
         )
-    tree = read_json(path)
     try:
-        if tree.pop("format") != FORMAT:
+        tree = read_object(path, most_bytes=_LARGEST_FILE, strict=True)
+        if tree.pop("format", None) != FORMAT:
             raise ValueError("it was written by another version of lorasmith")
-        prompts = tuple(_read_prompt(prompt) for prompt in tree.pop("prompts"))
-        if not prompts:
-            raise ValueError("there are no prompts in it")
-        return Golden(prompts=prompts, **tree)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise SetupError(
-            f"{GOLDEN_FILE} cannot be read", where=str(path), why=f"{type(error).__name__}: {error}"
-        ) from None
+        golden = as_record(Golden, tree)
+        if not 0 < len(golden.prompts) <= _MOST_PROMPTS or golden.dtype not in DTYPES:
+            raise ValueError("there are no prompts in it, too many, or no dtype that is known")
+        for prompt in golden.prompts:
+            _require_whole(prompt)
+    except (OSError, ValueError) as error:
+        fix = "`lorasmith train --resume` of the finished run writes it anew; elsewhere, copy it again"
+        raise SetupError(f"{GOLDEN_FILE} cannot be read", where=str(path), why=str(error), fix=fix) from None
+    return golden
+
+
+def is_golden(directory: Path) -> bool:
+    """Whether `read_golden` can read it."""
+    try:
+        read_golden(directory)
+    except SetupError:
+        return False
+    return True
 
 
 def prompt_ids(chat_format: ChatFormat, messages: Sequence[Message]) -> list[int]:
@@ -211,51 +177,17 @@ def _is_installed(name: str) -> bool:
     return True
 
 
-def _prompt_of(conversation: Conversation) -> Conversation:
-    """Without its last answer."""
-    last = max(n for n, message in enumerate(conversation.messages) if message.role == "assistant")
-    return Conversation(conversation.messages[:last], conversation.origin)
-
-
-def _encoded(model: Model, prompts: Iterable[Conversation]) -> Iterator[tuple[Conversation, list[int]]]:
-    ids_of = ((prompt, _ids_of(model, prompt)) for prompt in prompts)
-    return ((prompt, ids) for prompt, ids in ids_of if ids is not None)
-
-
-def _ids_of(model: Model, prompt: Conversation) -> list[int] | None:
-    """None for a prompt that this model has no room or no words for."""
-    try:
-        ids = prompt_ids(model.chat_format, prompt.messages)
-    except DataError:
-        return None
-    limit = context_length(model)
-    room = LONGEST_PROMPT if limit is None else min(LONGEST_PROMPT, limit - ANSWER_TOKENS)
-    return ids if len(ids) <= room else None
-
-
-def _asked(model: Model, prompt: Conversation, ids: list[int], said: list[int]) -> GoldenPrompt:
-    module = model.module
-    logits_V = first_logits(module, ids)
-    with module.disable_adapter() if isinstance(module, peft.PeftModel) else nullcontext():
-        base_V = first_logits(module, ids)
-    top_K = logits_V.topk(min(KEPT_LOGITS, len(logits_V))).indices
-    stops = stop_ids(model)
-    end = next((n for n, token_id in enumerate(said, start=1) if token_id in stops), len(said))
-    return GoldenPrompt(
-        messages=tuple({"role": m.role, "content": m.content} for m in prompt.messages),
-        input_ids=tuple(ids),
-        top_ids=tuple(top_K.tolist()),
-        top_logits=tuple(logits_V[top_K].tolist()),
-        base_logits=tuple(base_V[top_K].tolist()),
-        answer_ids=tuple(said[:end]),
-        answer=model.tokenizer.decode(said[:end]),
+def _require_whole(prompt: GoldenPrompt) -> None:
+    """Raises: ValueError for what `record` never writes."""
+    numbers = (*prompt.top_logits, *prompt.base_logits)
+    ids = (*prompt.input_ids, *prompt.top_ids, *prompt.answer_ids)
+    is_whole = (
+        0 < len(prompt.top_ids) == len(prompt.top_logits) == len(prompt.base_logits) <= KEPT_LOGITS
+        and 0 < len(prompt.input_ids) <= LONGEST_PROMPT
+        and 0 < len(prompt.answer_ids) <= ANSWER_TOKENS
+        and all(math.isfinite(number) for number in numbers)
+        and all(0 <= token_id < _LARGEST_ID for token_id in ids)
+        and all(m.keys() == {"role", "content"} and m["role"] in get_args(Role) for m in prompt.messages)
     )
-
-
-def _read_prompt(tree: Mapping[str, Any]) -> GoldenPrompt:
-    fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in tree.items()}
-    prompt = GoldenPrompt(**fields)
-    sizes = {len(prompt.top_ids), len(prompt.top_logits), len(prompt.base_logits)}
-    if len(sizes) > 1 or not prompt.input_ids or not prompt.answer_ids:
+    if not is_whole:
         raise ValueError("a prompt in it is not whole")
-    return prompt

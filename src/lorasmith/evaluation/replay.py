@@ -30,10 +30,10 @@ class PromptReport:
     """What moved in the answer to one prompt."""
 
     prompt: str
-    """The head of its last message."""
+    """The head of its last message, or of its ids."""
     outcome: Outcome
     ids_equal: bool | None
-    """None where the chat format cannot be had: the recorded ids were replayed all the same."""
+    """None where there is no chat format, or nothing but ids was asked: those recorded were replayed."""
     logit_difference: float
     """The largest among the logits that were kept."""
     relative: float
@@ -102,7 +102,7 @@ def _ask(
 
 
 def _ids_equal(golden: GoldenPrompt, chat_format: ChatFormat | None) -> bool | None:
-    if chat_format is None:
+    if chat_format is None or not golden.messages:
         return None
     messages = [Message(m["role"], m["content"]) for m in golden.messages]  # type: ignore[arg-type]
     try:
@@ -117,11 +117,12 @@ def _report(asked: _Asked, allowed: float, tokenizer: Tokenizer | None) -> Promp
     relative = difference / max(1e-6, *(abs(logit) for logit in golden.top_logits))
     top1_equal = int(asked.logits_V.argmax()) == golden.top_ids[0]
     answer_equal = asked.answer_ids == list(golden.answer_ids)
-    same = asked.ids_equal is True and relative <= EXACT and top1_equal and answer_equal
+    is_asked_so = asked.ids_equal is True or not golden.messages
+    same = is_asked_so and relative <= EXACT and top1_equal and answer_equal
     broken = asked.ids_equal is False or not relative <= allowed  # NaN is broken
     text = tokenizer.decode(asked.answer_ids) if tokenizer else " ".join(map(str, asked.answer_ids))
     return PromptReport(
-        prompt=golden.messages[-1]["content"][:40],
+        prompt=_head(golden),
         outcome="broken" if broken else "ok" if same else "moved",
         ids_equal=asked.ids_equal,
         logit_difference=difference,
@@ -130,6 +131,11 @@ def _report(asked: _Asked, allowed: float, tokenizer: Tokenizer | None) -> Promp
         answer_equal=answer_equal,
         answer=text,
     )
+
+
+def _head(golden: GoldenPrompt) -> str:
+    text = golden.messages[-1]["content"] if golden.messages else f"ids {golden.input_ids}"
+    return text[:40]
 
 
 def _largest_difference(asked: _Asked) -> float:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from lorasmith.adapters.lora import load_adapter
 from lorasmith.config import Dtype
-from lorasmith.errors import FamilyError, LorasmithError
+from lorasmith.errors import FamilyError, LorasmithError, SetupError
 from lorasmith.evaluation.golden import (
     Golden,
     base_fingerprint,
@@ -22,7 +22,7 @@ from lorasmith.evaluation.golden import (
 from lorasmith.evaluation.replay import Outcome, PromptReport, Replay, replay
 from lorasmith.families.base import Family
 from lorasmith.families.opening import open_chat, open_family
-from lorasmith.files.adapter_dir import ChatSettings, is_adapter_dir, read_chat_settings
+from lorasmith.files.adapter_dir import GOLDEN_FILE, ChatSettings, is_adapter_dir, read_chat_settings
 from lorasmith.files.model_dir import read_json_if_there
 from lorasmith.hub.download import resolve
 from lorasmith.model.dtype import DTYPE_NAMES, DTYPES, resolve_device, resolve_dtype
@@ -70,6 +70,7 @@ def verify(path: Path, *, base: str | None, dtype: Dtype | None, device: str) ->
     directory = _base_of(path, base) if adapter else path
     on = resolve_device(device)
     module = _load(directory, golden.family, dtype or golden.dtype, on)
+    _require_ids(golden, module, path)
     name = DTYPE_NAMES[module.dtype]
     fingerprint = base_fingerprint(module) if adapter else None
     chat_format, problem = _chat_format(directory, golden)
@@ -83,7 +84,7 @@ def verify(path: Path, *, base: str | None, dtype: Dtype | None, device: str) ->
         found,
         golden,
         base_equal=None if fingerprint is None else fingerprint == golden.base,
-        changes=_changes(golden.tokenizer, tokenizer_fingerprint(directory)),
+        changes=_changes(golden, directory),
         problem=problem,
         here=Setting(name, on.type, installed_versions()),
     )
@@ -136,6 +137,8 @@ def _load(directory: Path, family: str, dtype: str, on: torch.device) -> PreTrai
 
 def _chat_format(directory: Path, golden: Golden) -> tuple[ChatFormat | None, str | None]:
     """The recorded family's; a native layout has other tokenizer files, and is of the family they make it."""
+    if golden.chat_format is None:
+        return None, "the run was trained on ids, without a tokenizer"
     try:
         return open_chat(directory, golden.family, golden.chat_format)[1], None
     except LorasmithError:
@@ -151,6 +154,21 @@ def _stored_in(directory: Path) -> list[str]:
     return [dtype] if dtype in DTYPES else []
 
 
-def _changes(recorded: Mapping[str, str], found: Mapping[str, str]) -> tuple[str, ...]:
+def _changes(golden: Golden, directory: Path) -> tuple[str, ...]:
+    if golden.chat_format is None:
+        return ()
+    recorded, found = golden.tokenizer, tokenizer_fingerprint(directory)
     names = sorted(recorded.keys() | found.keys())
     return tuple(name for name in names if recorded.get(name) != found.get(name))
+
+
+def _require_ids(golden: Golden, module: PreTrainedModel, path: Path) -> None:
+    """Raises: SetupError for a prompt that this model has no embeddings for."""
+    largest, rows = max(max(p.input_ids) for p in golden.prompts), len(module.get_input_embeddings().weight)
+    if largest >= rows:
+        raise SetupError(
+            f"{GOLDEN_FILE} asks with token id {largest}, and the model has {rows} rows of embeddings",
+            where=str(path),
+            why="it was recorded with another model",
+            fix="name the base that the run was trained on with --base",
+        )

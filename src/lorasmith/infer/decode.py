@@ -151,7 +151,12 @@ def stop_ids(model: Model) -> list[int]:
 
 def context_length(model: Model) -> int | None:
     """Positions that the model has; None for models without a limit."""
-    config = base_module(model.module).config.get_text_config()
+    return module_context(model.module)
+
+
+def module_context(module: nn.Module) -> int | None:
+    """The same of a bare module."""
+    config = base_module(module).config.get_text_config()
     limits = [getattr(config, name, None) for name in ("max_position_embeddings", "model_max_length")]
     limit = next(filter(None, limits), None)
     return int(limit) if limit else None

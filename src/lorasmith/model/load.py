@@ -81,7 +81,7 @@ def load_base(
     try:
         with without_progress_bar():
             module, info = AutoModelForCausalLM.from_pretrained(
-                directory,
+                directory.absolute(),  # an adapter names it as its base, and outlives the working directory
                 config=config,
                 dtype=dtype,
                 trust_remote_code=False,

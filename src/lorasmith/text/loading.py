@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import tokenizers
 
 from lorasmith.errors import DataError, FamilyError, TokenizerError
-from lorasmith.json_file import read_object, read_regular
+from lorasmith.json_file import DEEPEST, read_object, read_regular
 from lorasmith.text.render import ChatTemplate, take_spans
 from lorasmith.tokenization.fast import FastTokenizer
 from lorasmith.tokenization.sentencepiece_model import SentencePieceTokenizer, SpecialPieces
@@ -74,13 +74,14 @@ def _from_tokenizer_model(directory: Path, special_pieces: SpecialPieces) -> Tok
 
 def _definition(directory: Path) -> JsonObject:
     path = directory / "tokenizer.json"
-    definition = _read_json(path) if path.exists() else _converted(directory)
+    # Half a million merges are not looked through for their depth: the backend has a limit of its own.
+    definition = _read_json(path, deepest=None) if path.exists() else _converted(directory)
     added = definition.get("added_tokens")
     if not isinstance(definition.get("model"), dict) or not isinstance(added, list):
         raise _unreadable(path, "it has no `model` and `added_tokens`")
-    for token in added:
-        if not _is_token(token) or not isinstance(token, dict) or type(token.get("id")) is not int:
-            raise _unreadable(path, f"{str(token)[:60]} is no added token")
+    for number, token in enumerate(added, start=1):
+        if not isinstance(token, dict) or not _is_token(token) or type(token.get("id")) is not int:
+            raise _unreadable(path, f"number {number} of added_tokens is no token")
     return definition
 
 
@@ -202,9 +203,8 @@ def _are_tokens(value: Any) -> bool:
 def _are_declared(value: Any) -> bool:
     if not isinstance(value, dict):
         return False
-    return all(
-        key.isdecimal() and isinstance(token, dict) and _is_token(token) for key, token in value.items()
-    )
+    numbered = all(key.isdecimal() and len(key) < 10 for key in value)
+    return numbered and all(isinstance(token, dict) and _is_token(token) for token in value.values())
 
 
 def _is_template(value: Any) -> bool:
@@ -239,9 +239,9 @@ def _text_of(token: Any) -> str:
     return str(token["content"] if isinstance(token, dict) else token)
 
 
-def _read_json(path: Path) -> JsonObject:
+def _read_json(path: Path, *, deepest: int | None = DEEPEST) -> JsonObject:
     try:
-        return read_object(path, most_bytes=_LARGEST_FILE)
+        return read_object(path, most_bytes=_LARGEST_FILE, deepest=deepest)
     except (OSError, ValueError) as error:
         raise _unreadable(path, str(error)) from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import sentencepiece_factory
 import torch
 from chat_models import alpaca_rows, chat_model
-from modules import tiny_module
+from modules import KINDS, examples, save_tiny, tiny_module
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
@@ -217,6 +218,127 @@ def test_a_damaged_file_is_told(run: Path, text: str) -> None:
     (run / "golden.json").write_text(text)
     with pytest.raises(SetupError, match=r"golden\.json"):
         ls.verify(run)
+
+
+WRONG: dict[str, Any] = {
+    "ids that no vocabulary has": {"input_ids": [2**40]},
+    "negative ids": {"top_ids": [-1] * 8},
+    "no number": {"top_logits": ["a"] * 8},
+    "too few numbers": {"base_logits": [0.0]},
+    "a long answer": {"answer_ids": [1] * 1000},
+    "an unknown role": {"messages": [{"role": "narrator", "content": "a"}]},
+    "no content": {"messages": [{"role": "user"}]},
+    "an unknown key": None,
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_prompt_that_is_not_whole_is_told(run: Path, kind: str) -> None:
+    tree: Any = golden(run)
+    if WRONG[kind] is None:
+        tree["sampling"] = {}
+    else:
+        tree["prompts"][0] |= WRONG[kind]
+    (run / "golden.json").write_text(json.dumps(tree))
+    with pytest.raises(SetupError, match=r"golden\.json cannot be read") as caught:
+        ls.verify(run)
+    assert "--resume" in caught.value.fix
+
+
+def test_ids_beyond_the_base_are_told(run: Path) -> None:
+    tree: Any = golden(run)
+    tree["prompts"][0]["input_ids"][0] = 600
+    (run / "golden.json").write_text(json.dumps(tree))
+    with pytest.raises(SetupError, match="token id 600, and the model has 512 rows"):
+        ls.verify(run)
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "a pipe"])
+def test_a_resume_of_a_finished_run_writes_it_anew(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    folder = Path(shutil.copytree(trained, tmp_path / "again"))
+    path = folder / "run/golden.json"
+    whole = path.read_bytes()
+    path.unlink()
+    if damage == "cut":
+        path.write_bytes(whole[:-9])
+    elif damage == "a pipe":
+        os.mkfifo(path)
+    before = {p: p.read_bytes() for p in (folder / "run").rglob("*") if p.is_file() and p != path}
+    model = ls.load_model(str(trained / "base"), family="llama3", dtype="fp32")
+    data = ls.load_dataset(str(folder / "rows.json"), model)
+    train = ls.TrainConfig(max_steps=6, batch_size=4, learning_rate=2e-2)
+    ls.train(model, data, output_dir=folder / "run", train=train, resume=True)
+    told = capsys.readouterr().out
+    assert "golden.json is missing or damaged: it is written anew" in told
+    assert path.read_bytes() == whole
+    assert before == {p: p.read_bytes() for p in before}, "nothing else is touched"
+    assert ls.verify(folder / "run").outcome == "ok"
+
+
+# Runs on ids, without a tokenizer
+
+
+def learn_ids(base: Path, run: Path, **changes: Any) -> Path:
+    train = ls.TrainConfig(**{"max_steps": 6, "batch_size": 4, "learning_rate": 2e-2, **changes})
+    module = ls.load_module(str(base), dtype="fp32")
+    ls.train(module, examples(), output_dir=run, train=train, reporter=SilentReporter())
+    return run
+
+
+@pytest.mark.parametrize(
+    "kind", ["llama3", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind != "llama3")]
+)
+def test_a_run_on_ids_is_what_it_was(tmp_path: Path, kind: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        run = learn_ids(save_tiny(kind, tmp_path / "base"), tmp_path / "run")
+    found = ls.verify(run)
+    assert (found.outcome, found.base_equal, found.tokenizer_changes) == ("ok", True, ())
+    assert found.effect == pytest.approx(1, abs=1e-3)
+    assert "trained on ids" in (found.chat_format_problem or "")
+    asked: Any = golden(run)["prompts"]
+    rows = examples()
+    assert len(asked) == 4
+    for prompt, row in zip(asked[:2], rows, strict=False):
+        first = int((row.labels != -100).argmax())
+        assert prompt["input_ids"] == row.input_ids[: first + 1].tolist()
+        assert prompt["messages"] == []
+    for report in found.prompts:
+        assert (report.ids_equal, report.top1_equal, report.answer_equal) == (None, True, True)
+        assert report.prompt.startswith("ids (")
+
+
+def test_private_ids_stay_out_and_another_adapter_is_broken(tmp_path: Path) -> None:
+    base = save_tiny("llama3", tmp_path / "base")
+    run = learn_ids(base, tmp_path / "run", golden_rows=0)
+    prompts: Any = golden(run)["prompts"]
+    assert [len(prompt["input_ids"]) for prompt in prompts] == [5, 17]
+    tensors = load_file(run / "adapter_model.safetensors")
+    save_file({n: -t if "lora_B" in n else t for n, t in tensors.items()}, run / "adapter_model.safetensors")
+    assert ls.verify(run).outcome == "broken"
+    told = invoke("verify", run)
+    assert told.exit_code == 4
+    assert "recorded ids replayed: the run was trained on ids" in told.stdout
+
+
+def test_a_run_on_ids_finds_its_base_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny("llama3", tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    learn_ids(Path("base"), tmp_path / "run")
+    monkeypatch.chdir("/")
+    assert ls.verify(tmp_path / "run").outcome == "ok"
+
+
+def test_a_chat_model_trained_on_ids_is_asked_both(trained: Path, tmp_path: Path) -> None:
+    model = ls.load_model(str(trained / "base"), family="llama3", dtype="fp32")
+    train = ls.TrainConfig(max_steps=6, batch_size=4, learning_rate=2e-2)
+    run = tmp_path / "run"
+    ls.train(model, examples(), output_dir=run, train=train, reporter=SilentReporter())
+    found = ls.verify(run)
+    assert found.outcome == "ok"
+    assert [prompt.ids_equal for prompt in found.prompts] == [None, None, True, True]
 
 
 def test_a_full_disk_at_the_very_end_costs_no_run(tmp_path: Path) -> None:
