@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lorasmith.errors import ConfigError
+from lorasmith.json_file import read_regular
 from lorasmith.redaction import tree_without_secrets
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -207,6 +208,9 @@ class RunConfig(Section):
 
 
 AnySection = TypeVar("AnySection", bound=Section)
+_LARGEST_YAML = 2**18
+_DEEPEST = 20
+"""Bytes, and collections within each other: far above any recipe, and read in a moment."""
 
 
 def load_run_config(path: Path | None, overrides: Mapping[str, Any]) -> RunConfig:
@@ -251,11 +255,11 @@ def validate(section: type[AnySection], tree: Any, *, where: str) -> AnySection:
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping, read safely: no tags, no aliases, no key twice, and 1e-4 is a number."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_regular(path, _LARGEST_YAML).decode("utf-8")
     except FileNotFoundError:
         raise ConfigError(f"there is no config file {path}", fix="check the path") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path}", why=str(error)) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {path}", why=str(error), fix="name a YAML file of settings") from None
     tree = _parse_yaml(text, where=str(path))
     if tree is not None and not isinstance(tree, dict):
         raise ConfigError(
@@ -279,22 +283,32 @@ def _parse_yaml(text: str, *, where: str) -> Any:
         place = f"{where}:{mark.line + 1}" if mark else where
         problem = getattr(error, "problem", None) or str(error)
         raise ConfigError("this is not YAML that we read", where=place, why=problem) from None
+    except ValueError as error:  # of a date or a number that is none
+        raise ConfigError("this is not YAML that we read", where=where, why=str(error)) from None
 
 
 class _StrictLoader(yaml.SafeLoader):
     """PyYAML's safe loader, less its traps: aliases, duplicate keys, and `1e-4` as a string."""
 
+    _depth = 0
+
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
         if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()  # type: ignore[no-untyped-call]
-            raise yaml.constructor.ConstructorError(
-                None, None, "aliases (*name) are not allowed", event.start_mark
-            )
-        return super().compose_node(parent, index)
+            problem = "aliases (*name) are not allowed"
+            raise yaml.constructor.ConstructorError(None, None, problem, event.start_mark)
+        if self._depth == _DEEPEST:
+            raise yaml.constructor.ConstructorError(None, None, "it is nested too deep", event.start_mark)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key.start_mark)
             if key.value in seen:
                 problem = f"the key {key.value!r} stands twice"
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
