@@ -297,6 +297,11 @@ class _StrictLoader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             problem = "aliases (*name) are not allowed"
             raise yaml.constructor.ConstructorError(None, None, problem, event.start_mark)
+        if (
+            getattr(event, "tag", None) is not None
+        ):  # the loader's own end in errors of any kind: !!timestamp x
+            problem = "tags (!!name) are not allowed"
+            raise yaml.constructor.ConstructorError(None, None, problem, event.start_mark)
         if self._depth == _DEEPEST:
             raise yaml.constructor.ConstructorError(None, None, "it is nested too deep", event.start_mark)
         self._depth += 1

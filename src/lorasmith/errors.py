@@ -18,7 +18,11 @@ LorasmithError                 exit code
 
 from __future__ import annotations
 
+import re
+
 from lorasmith.redaction import without_secrets
+
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class LorasmithError(Exception):
@@ -30,7 +34,7 @@ class LorasmithError(Exception):
     exit_code = 1
 
     def __init__(self, what: str, *, where: str = "", why: str = "", fix: str = "") -> None:
-        what, where, why, fix = map(without_secrets, (what, where, why, fix))
+        what, where, why, fix = (printable(without_secrets(text)) for text in (what, where, why, fix))
         super().__init__(what)
         self.what, self.where, self.why, self.fix = what, where, why, fix
 
@@ -40,6 +44,11 @@ class LorasmithError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (type(self), self.what, self.where, self.why, self.fix)
+
+
+def printable(text: str) -> str:
+    """What moves a terminal's cursor or turns text around, as \\x1b or \\u202e: names may hold anything."""
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def _rebuild(cls: type[LorasmithError], what: str, where: str, why: str, fix: str) -> LorasmithError:

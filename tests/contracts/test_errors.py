@@ -15,6 +15,7 @@ import pytest
 import tokenizers_factory
 
 from lorasmith import errors
+from lorasmith.doctor.check import Check
 
 EXIT_CODES = {
     "ConfigError": 2,
@@ -95,6 +96,13 @@ def test_an_error_says_its_parts_and_survives_pickling(error: type[errors.Lorasm
     assert str(error("what happened")) == "what happened"
     again = pickle.loads(pickle.dumps(one))
     assert (type(again), str(again)) == (error, str(one))
+
+
+def test_what_would_move_a_terminal_is_shown_not_done() -> None:
+    """A tensor's name may hold anything (reliability table, row 52)."""
+    told = str(errors.SetupError("a\x1b[2J\rb", where="c\u202ed", why="e\nf\tg", fix="\ud800\x9b皇上"))
+    assert told == "a\\x1b[2J\\rb\n  where: c\\u202ed\n  why:   e\nf\tg\n  do:    \\ud800\\x9b皇上"
+    assert Check("a", "fail", "\x1b]0;title\x07").found == "\\x1b]0;title\\x07"
 
 
 def test_a_config_error(model: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 
 import pytest
 import torch
@@ -169,6 +170,19 @@ def test_pickled_weights_are_read_as_tensors_only(tmp_path, base):
     with pytest.raises(SetupError, match="more than tensors"):
         ls.load_module(str(base))
     assert not (tmp_path / "marker").exists()
+
+
+def test_a_base_in_an_archive_that_swells_is_refused(tmp_path, base):
+    torch.save({"model.norm.weight": torch.ones(32)}, tmp_path / "small.bin")
+    with zipfile.ZipFile(tmp_path / "small.bin") as small:
+        entries = {name: small.read(name) for name in small.namelist()}
+    (base / "model.safetensors").unlink()
+    with zipfile.ZipFile(base / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data + b"\0" * 10**7)
+    with pytest.raises(SetupError, match=r"pytorch_model\.bin is refused") as caught:
+        ls.load_module(str(base), dtype="fp32")
+    assert "compressed" in caught.value.why
 
 
 def test_train_and_chat_on_the_command_line(tmp_path, base, rows):

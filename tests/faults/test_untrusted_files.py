@@ -4,6 +4,7 @@ and without a look at any other file (reliability table, rows 6, 30, 31, 32 and 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import struct
 from collections import Counter
@@ -84,6 +85,40 @@ def test_a_good_file_is_read(place: Path, name: str) -> None:
 def test_dozens_of_files_for_each_reader(place: Path, name: str) -> None:
     ends = try_many(place, name, 40, seeded=True)
     assert sum(ends.values()) >= 40
+
+
+def to_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def to_device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def to_large(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(2**36)  # a hole that takes no disk
+
+
+IRREGULAR = {"a pipe": to_pipe, "a device": to_device, "a directory": Path.mkdir, "a large file": to_large}
+
+
+@pytest.mark.parametrize("kind", IRREGULAR)
+@pytest.mark.parametrize("name", READERS)
+def test_what_is_no_file_or_none_of_that_size_is_refused_at_once(place: Path, name: str, kind: str) -> None:
+    reader = READERS[name]
+    path = place / reader.file
+    path.unlink()
+    IRREGULAR[kind](path)
+    try:
+        assert reads_or_refuses(lambda: reader.read(place)) != "read" or name in TELL_IN_WORDS
+    finally:
+        path.rmdir() if path.is_dir() else path.unlink()
+        path.write_bytes(good_files()[reader.file])
+
+
+TELL_IN_WORDS = {"shard", "manifest", "state"}
+"""Readers that give a finding, and raise nothing."""
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ def test_a_resolved_config_reads_back_as_itself(tmp_path):
         ("- a list", "a config is a mapping"),
         ("a: 1\na: 2", "the key 'a' stands twice"),
         ("a: &x 1\nb: *x", "aliases"),
-        ("a: !!python/object/apply:os.system [ls]", "could not determine a constructor"),
+        ("a: !!python/object/apply:os.system [ls]", "tags (!!name) are not allowed"),
         ("a:\n\t- b", "cannot start any token"),
     ],
 )

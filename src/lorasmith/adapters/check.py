@@ -28,6 +28,7 @@ from lorasmith.files.adapter_dir import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLED
 from lorasmith.files.model_dir import require_regular
 from lorasmith.files.name_patterns import try_patterns
 from lorasmith.files.tensor_header import TensorHeader, read_header
+from lorasmith.hub.torch_archive import refuse_swelling
 
 Shape: TypeAlias = tuple[int, ...]
 _MOST_TENSORS = 200_000
@@ -173,13 +174,7 @@ def _stored(weights: Path) -> Iterator[tuple[str, Tensor]]:
 
 def _check_pickled(weights: Path, fit: Fit) -> None:
     """Unpickled with weights_only, and only where the archive holds no more than the file's own bytes."""
-    size = require_regular(weights)
-    with zipfile.ZipFile(weights) as archive:  # the format before torch 1.6 is no zip, and has no limits
-        entries = archive.infolist()
-    packed = [entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
-    if packed or sum(entry.file_size for entry in entries) > size or len(entries) > _MOST_TENSORS:
-        why = "its archive is compressed or larger than the file: torch writes neither"
-        raise SetupError(f"{weights.name} is refused", where=str(weights), why=why)
+    refuse_swelling(weights)
     tensors = torch.load(weights, map_location="cpu", weights_only=True)
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise pickle.UnpicklingError("it is no table of tensors")

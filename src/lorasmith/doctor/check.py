@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from lorasmith.errors import LorasmithError
+from lorasmith.errors import LorasmithError, printable
 from lorasmith.testing.law import LawBroken
 
 Status = Literal["ok", "warn", "fail"]
@@ -21,6 +21,9 @@ class Check:
     found: str
     remedy: str = ""
     """Empty if there is nothing to do."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "found", printable(self.found))
 
 
 Examine: TypeAlias = Callable[[], Check | Iterable[Check]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers.utils import logging
 
 from lorasmith.errors import FamilyError, SetupError
 from lorasmith.files.model_config import read_model_json
+from lorasmith.hub.torch_archive import refuse_swelling
 from lorasmith.native.registry import native_model_type, register_native
 from lorasmith.ops.gemm import bound_product_stores
 
@@ -75,8 +77,11 @@ def load_base(
 ) -> PreTrainedModel:
     """Weights from safetensors or .bin shards (unpickled with weights_only), every tensor accounted for.
 
-    Raises: SetupError naming missing, unknown or misshapen tensors.
+    Raises: SetupError naming missing, unknown or misshapen tensors, or an archive that is refused.
     """
+    for path in sorted(directory.glob("pytorch_model*.bin")):
+        if zipfile.is_zipfile(path):
+            refuse_swelling(path)
     bound_product_stores()
     try:
         with without_progress_bar():
