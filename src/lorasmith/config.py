@@ -208,7 +208,7 @@ class RunConfig(Section):
 
 
 AnySection = TypeVar("AnySection", bound=Section)
-_LARGEST_YAML = 2**18
+_LARGEST_YAML = 2**16
 _DEEPEST = 20
 """Bytes, and collections within each other: far above any recipe, and read in a moment."""
 
@@ -308,6 +308,11 @@ class _StrictLoader(yaml.SafeLoader):
         node = super().compose_node(parent, index)
         self._depth -= 1
         return node
+
+    def fetch_flow_collection_start(self, token: type[yaml.Token]) -> None:
+        if self.flow_level == _DEEPEST:  # the scanner runs ahead of `compose_node`, in quadratic time
+            raise yaml.scanner.ScannerError(None, None, "it is nested too deep", self.get_mark())
+        super().fetch_flow_collection_start(token)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()

@@ -9,8 +9,12 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 LARGEST_JSON = 64 * 2**20
 """Bytes. The largest JSON of a model directory, tokenizer.json, has some tens of MB."""
@@ -62,18 +66,26 @@ def as_record(kind: type[_Kind], tree: Mapping[str, Any]) -> _Kind:
 
     Raises: ValueError naming the first key that is not so.
     """
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     unknown = tree.keys() - {field.name for field in fields(kind)}  # type: ignore[arg-type]
     if unknown:
         raise ValueError(f"{min(unknown)[:60]!r} is a key that it cannot have")
     try:
         # As JSON: there a list is a tuple too, but no text a number.
-        return TypeAdapter(kind).validate_json(json.dumps(tree), strict=True)
+        record: _Kind = _adapter(kind).validate_json(json.dumps(tree), strict=True)  # type: ignore[arg-type]
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(str(part)[:60] for part in first["loc"])
         raise ValueError(f"{place}: {first['msg'][:200]}") from None
+    return record
+
+
+@cache
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
 
 
 def _refuse_deep(tree: dict[str, Any], deepest: int) -> None:

@@ -103,15 +103,13 @@ def _own(model: Model | None, module: nn.Module, data: Dataset | Sequence[Exampl
     """Prompts of the rows that were trained on."""
     if model is not None and isinstance(data, Dataset):
         return _written(model, map(_prompt_of, data.conversations[:MOST_TRIED]))
-    room = _room(module)
-    begun = (_Ask(_beginning(data[row])) for row in range(min(MOST_TRIED, len(data))))
-    return (ask for ask in begun if len(ask.ids) <= room)
+    return _in_room(module, (_beginning(data[row]) for row in range(min(MOST_TRIED, len(data)))))
 
 
 def _neutral(model: Model | None, module: nn.Module) -> Iterator[_Ask]:
     if model is None:
         vocab_size = int(base_module(module).config.get_text_config().vocab_size)
-        return (_Ask(row.tolist()) for row in random_rows(vocab_size)[:2])
+        return _in_room(module, (row.tolist() for row in random_rows(vocab_size)[:2]))
     talks = (Conversation((Message("user", text),), "neutral") for text in SENTENCES)
     return _written(model, (with_system(talk, model.system) for talk in talks))
 
@@ -139,6 +137,11 @@ def _written(model: Model, prompts: Iterable[Conversation]) -> Iterator[_Ask]:
             continue
         if len(ids) <= room:
             yield _Ask(ids, prompt.messages)
+
+
+def _in_room(module: nn.Module, prompts: Iterable[list[int]]) -> Iterator[_Ask]:
+    room = _room(module)
+    return (_Ask(ids) for ids in prompts if len(ids) <= room)
 
 
 def _room(module: nn.Module) -> int:
