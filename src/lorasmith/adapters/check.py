@@ -28,7 +28,7 @@ from lorasmith.files.adapter_dir import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLED
 from lorasmith.files.model_dir import require_regular
 from lorasmith.files.name_patterns import try_patterns
 from lorasmith.files.tensor_header import TensorHeader, read_header
-from lorasmith.hub.torch_archive import refuse_swelling
+from lorasmith.files.torch_archive import refuse_swelling
 
 Shape: TypeAlias = tuple[int, ...]
 _MOST_TENSORS = 200_000

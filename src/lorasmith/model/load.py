@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from lorasmith.errors import FamilyError, SetupError
 from lorasmith.files.model_config import read_model_json
-from lorasmith.hub.torch_archive import refuse_swelling
+from lorasmith.files.torch_archive import refuse_swelling
 from lorasmith.native.registry import native_model_type, register_native
 from lorasmith.ops.gemm import bound_product_stores
 
