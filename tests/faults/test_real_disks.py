@@ -64,6 +64,7 @@ def test_a_run(arena: Arena, trouble: str) -> None:
 
 
 @TROUBLES
+@pytest.mark.slow
 def test_a_resume(arena: Arena, trouble: str) -> None:
     where = {"whole": arena.whole, "source": arena.two_checkpoints}
     told = refuse(arena, trouble, "resume", [1, 8, 16], **where)
@@ -71,6 +72,7 @@ def test_a_resume(arena: Arena, trouble: str) -> None:
 
 
 @TROUBLES
+@pytest.mark.slow
 def test_a_merge(arena: Arena, trouble: str) -> None:
     merged = arena.new_dir() / "merged"
     merged.parent.mkdir()  # as on the small disk, so that calls have the same numbers
