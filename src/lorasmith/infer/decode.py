@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lorasmith.config import GenerateConfig
 from lorasmith.infer.continuation import Continuation
 from lorasmith.infer.sampling import choose, draws, has_penalty, occurrences
+from lorasmith.model.fused import adapters_at_rest
 from lorasmith.model.model import Model
 from lorasmith.model.packed import base_module
 from lorasmith.types import Ints
@@ -60,7 +61,7 @@ def decode(
     base = base_module(model.module)
     rooms = [room(model, len(prompt), config) for prompt in prompts]
     draw_BN = _draws(prompts, rooms, config, repeats)
-    with torch.no_grad(), _evaluating(base):
+    with torch.no_grad(), _evaluating(base), adapters_at_rest(base):
         rows = Continuation(base, prompts, model.tokenizer.pad_id, context_length(model))
         batch = _Answers(prompts, rooms, config, draw_BN, stop_ids(model), base.device)
         logits_RV = rows.start(pass_cost)

@@ -53,6 +53,17 @@ def fused_ops(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def adapters_at_rest(module: nn.Module) -> Iterator[None]:
+    """Within: nobody trains, hooks or changes an adapter of `module`, so its layers need not look."""
+    with ExitStack() as stack:
+        for part in module.modules():
+            forward = part.at_rest() if isinstance(part, LoraLinear) else None
+            if forward is not None:
+                stack.enter_context(replaced_forward(part, forward))
+        yield
+
+
+@contextmanager
 def replaced_forward(module: nn.Module, forward: Forward) -> Iterator[None]:
     """Within: calling `module` runs `forward`. Its parameters, hooks and name stay."""
     before = vars(module).get("forward")

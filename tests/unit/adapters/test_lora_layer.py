@@ -130,6 +130,29 @@ def test_evaluation_drops_nothing_and_is_fast(calls):
     assert calls[0][-1] is None
 
 
+def test_at_rest_it_is_its_forward_bit_by_bit_and_asks_nothing():
+    model = adapted(True).eval()
+    layer = model.base_model.model.up
+    forward, x = layer.at_rest(), torch.randn(2, 6, dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.equal(forward(x), layer(x))
+
+
+@pytest.mark.parametrize("change", ["train", "merge", "disable", "hook", "dora"])
+def test_what_may_change_or_is_not_plain_never_rests(change):
+    model = adapted(True, use_dora=change == "dora").eval()
+    layer = model.base_model.model.up
+    changes = {
+        "train": lambda: model.train(),
+        "merge": lambda: layer.merge(),
+        "disable": lambda: layer.enable_adapters(False),
+        "hook": lambda: layer.register_forward_hook(lambda *_: None),
+        "dora": lambda: None,
+    }
+    changes[change]()
+    assert layer.at_rest() is None
+
+
 def test_merged_disabled_and_unloaded():
     ours = adapted(True).eval()
     y = outcome(ours)["y"]
