@@ -34,6 +34,7 @@ from lorasmith.files.tensor_header import read_header
 from lorasmith.hub.download import resolve
 from lorasmith.model.load import empty_module, read_model_config
 from lorasmith.runs.manifest import (
+    FORMAT,
     STATE,
     TrainState,
     damage,
@@ -124,7 +125,10 @@ def furnish(root: Path) -> Path:
 
 @cache
 def good_files() -> dict[str, bytes]:
-    state = {"format": 2, **asdict(TrainState(step=3, recent_losses=(1.0, 0.5), depends_on={"lora.r": 8}))}
+    state = {
+        "format": FORMAT,
+        **asdict(TrainState(step=3, recent_losses=(1.0, 0.5), depends_on={"lora.r": 8})),
+    }
     inside = {"adapter_config.json": b"{}", STATE: json_bytes(state)}
     weights = save({A: torch.ones(4, 8), A.replace("_A", "_B"): torch.ones(8, 4)})
     prompt = GoldenPrompt(({"role": "user", "content": "a"},), (1, 2), (3,), (1.0,), (0.5,), (4,), "b")

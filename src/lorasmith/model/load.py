@@ -55,6 +55,8 @@ def read_model_config(directory: Path) -> PretrainedConfig:
         tree.pop(key, None)
     try:
         config: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(tree)
+    except FamilyError:  # a native class's own refusal
+        raise
     except Exception as error:  # each class checks its keys in its own way, with errors of any kind
         raise SetupError(
             f"config.json is no config of a {model_type} model",
