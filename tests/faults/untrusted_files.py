@@ -217,7 +217,7 @@ def _watch(event: str, arguments: tuple[Any, ...]) -> None:
         else ""
     )
     is_ours = path.startswith((str(root), sys.prefix, sys.base_prefix, str(Path(__file__).parents[2])))
-    if path and not is_ours and not path.startswith("/proc/"):
+    if path and not is_ours and not path.startswith(("/proc/", os.devnull)):  # which a subprocess opens
         seen.append(f"{event} {path}")
 
 

@@ -14,13 +14,17 @@ _CGROUP = Path("/sys/fs/cgroup")
 """Of version 2: a container's own limit, which the machine's free memory does not show."""
 
 
+_SAID_OF_IT = ("allocate memory", "could not create a primitive")
+"""By torch's allocator on a CPU, and by oneDNN, which needs memory for a product of a new shape."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Of torch on a GPU, of its CPU allocator, or of Python; not an error of ours that says so."""
     if isinstance(error, LorasmithError):
         return False
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _SAID_OF_IT)
 
 
 def release_caches(device: torch.device) -> None:

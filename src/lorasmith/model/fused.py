@@ -24,8 +24,8 @@ from lorasmith.ops.swiglu import swiglu
 from lorasmith.types import Layout
 
 Forward = Callable[..., Any]
-Origins: TypeAlias = MutableMapping[Tensor, Normed]
-"""Of the outputs of RMS norms that still live."""
+Origins: TypeAlias = MutableMapping[Tensor, tuple[Normed, int]]
+"""Of the outputs of RMS norms that still live, with the version they had: who writes into one ends that."""
 WAYS_DOWN = ("down_proj", "dense_4h_to_h")
 """The field's names for what a feed-forward ends with: it reads a product, never a norm."""
 
@@ -85,11 +85,16 @@ def _fused_forward(module: nn.Module, origins: Origins) -> Forward | None:
     if parts.keys() >= {"gate_proj", "up_proj", "down_proj"}:
         return _gated(parts["gate_proj"], parts["up_proj"], parts["down_proj"])
     for packed, down in zip(("gate_up_proj", "dense_h_to_4h"), WAYS_DOWN, strict=True):
-        if parts.keys() >= {packed, down}:
+        if parts.keys() >= {packed, down} and _halves(parts[packed], parts[down]):
             return _packed_gated(parts[packed], parts[down])
     if rms_norm_eps(module) is not None:
         return _norm(module, origins)
     return None
+
+
+def _halves(packed: Any, down: Any) -> bool:
+    """Whether one linear layer gives gate and up for the other; a plain feed-forward has the same names."""
+    return bool(packed.out_features == 2 * down.in_features)
 
 
 def rms_norm_eps(module: nn.Module) -> float | None:
@@ -107,7 +112,7 @@ def _norm(module: nn.Module, origins: Origins) -> Forward:
     def forward(x_BTM: Tensor) -> Tensor:
         out_BTM, normed = traced_rms_norm(x_BTM, weight_M, eps)
         if out_BTM.requires_grad:
-            origins[out_BTM] = normed
+            origins[out_BTM] = normed, out_BTM._version
         return out_BTM
 
     return forward
@@ -115,8 +120,10 @@ def _norm(module: nn.Module, origins: Origins) -> Forward:
 
 def _of_normed(linear: LoraLinear, origins: Origins) -> Forward:
     def forward(x: Tensor) -> Tensor:
-        normed = origins.get(x)
-        return LoraLinear.forward(linear, x) if normed is None else linear.of_normed(x, normed)
+        normed, version = origins.get(x, (None, 0))
+        if normed is None or x._version != version:
+            return LoraLinear.forward(linear, x)
+        return linear.of_normed(x, normed)
 
     return forward
 

@@ -12,15 +12,18 @@ from dataclasses import dataclass
 import numpy as np
 import peft
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lorasmith.adapters.dropout import DropoutClock
 from lorasmith.attention.layout import LAYOUT_ATTENTION, LayoutIndex, layout_attention_interface, layout_index
+from lorasmith.model.checkpointing import has_own_dropout
 from lorasmith.model.fused import Forward, fused_ops, replaced_forward
 from lorasmith.native.norm_head import NormHead
 from lorasmith.ops.cross_entropy import cross_entropy_sum, linear_cross_entropy
+from lorasmith.ops.dropout import dropout_key
 from lorasmith.ops.gemm import bound_product_stores
 from lorasmith.ops.transfer import on_device
 from lorasmith.types import IGNORE_INDEX, Batch, Layout
@@ -52,6 +55,8 @@ class DeviceBatch:
     labels: Tensor  # (N,)
     weights: Tensor  # (N,)
     token_numbers: Tensor  # (T,)
+    first_token: int
+    """The number of the row's first token in its step."""
     layout: LayoutIndex
 
 
@@ -64,6 +69,7 @@ def to_device(batch: Batch, device: torch.device) -> DeviceBatch:
         labels=on_device(batch.labels[rows], device),
         weights=on_device(batch.weights[rows], device),
         token_numbers=on_device(batch.token_numbers, device),
+        first_token=int(batch.token_numbers[0]) if len(batch.token_numbers) else 0,
         layout=layout_index(batch.layout, device),
     )
 
@@ -106,13 +112,51 @@ def base_module(module: nn.Module) -> PreTrainedModel:
 
 def takes_layout(module: nn.Module) -> bool:
     """Whether every layer goes by the Layout: plain softmax attention behind transformers'
-    AttentionInterface, or our own linear attention.
+    AttentionInterface, or our own linear attention. Tried on this very model, unless it has no weights yet.
 
-    Others (sliding windows, soft caps, foreign recurrent layers) take rows of one conversation, so nothing
-    leaks: a Loader that is not `packed` makes them.
+    Others (sliding windows, soft caps, masks of their own, foreign recurrent layers) take rows of one
+    conversation, so nothing leaks: a Loader that is not `packed` makes them.
     """
     base = base_module(module)
-    return bool(base._supports_attention_backend) and _plain_attention(base.config.get_text_config())
+    if not base._supports_attention_backend or not _plain_attention(base.config.get_text_config()):
+        return False
+    if next(base.parameters()).is_meta:
+        return True
+    kind = (type(base), base.config.to_json_string(use_diff=False))
+    if kind not in _PROVED:
+        _PROVED[kind] = _goes_by_layout(base)
+    return _PROVED[kind]
+
+
+_PROVED: dict[tuple[type[PreTrainedModel], str], bool] = {}
+"""A class and its config decide it, and it costs three small forward passes."""
+
+
+@torch.no_grad()
+def _goes_by_layout(base: PreTrainedModel) -> bool:
+    """Whether two conversations in one row give what each gives alone."""
+    parts, ids_T = (3, 4), torch.arange(7, device=base.device) % base.config.get_text_config().vocab_size
+    layout = Layout(np.array([0, 3, 7]), np.array([-1, -1]), np.concatenate([np.arange(n) for n in parts]))
+    positions_1T = torch.from_numpy(layout.position_ids)[None].to(base.device)
+    was_training = [part for part in base.modules() if part.training]
+    base.eval()
+    try:
+        alone = [base.base_model(input_ids=ids[None], use_cache=False)[0] for ids in ids_T.split(parts)]
+        with _layout_attention(base):
+            together_1TD = base.base_model(
+                input_ids=ids_T[None],
+                position_ids=positions_1T,
+                layout=layout_index(layout, base.device),
+                use_cache=False,
+            )[0]
+    except (TypeError, RuntimeError, AssertionError):  # a class that passes no layout on, or asks for more
+        return False
+    finally:
+        for part in was_training:
+            part.training = True
+    apart_1TD = torch.cat(alone, dim=1)
+    tolerance = {8: 1e-8, 4: 1e-4}.get(apart_1TD.dtype.itemsize, 0.1)  # of many layers' rounding
+    return bool((together_1TD - apart_1TD).abs().max() <= tolerance * apart_1TD.abs().max())
 
 
 def _plain_attention(config: PretrainedConfig) -> bool:
@@ -134,6 +178,8 @@ class PackedModule:
         """That rows are made for, as far as it is known; see `length_on_gpu`."""
         self._head = _plain_head(self.base)
         self._rows: Tensor | None = None
+        self._labelled: Tensor | None = None
+        self._draws = has_own_dropout(self.base)
 
     @property
     def device(self) -> torch.device:
@@ -200,8 +246,29 @@ class PackedModule:
 
         return forward
 
+    def on_labels(self, head: nn.Module) -> Forward:
+        """A forward for an adapted head, which reads the labelled positions: its dropout has their masks."""
+        own: Forward = head.forward
+
+        def forward(x_1ND: Tensor) -> Tensor:
+            rows, numbers = self._labelled, self.clock.token_numbers
+            if rows is None or numbers is None or x_1ND.shape[1] == len(numbers):
+                whole: Tensor = own(x_1ND)
+                return whole
+            self.clock.token_numbers = numbers[rows]
+            try:
+                logits_1NV: Tensor = own(x_1ND)
+            finally:
+                self.clock.token_numbers = numbers
+            return logits_1NV
+
+        return forward
+
     def _begin(self, batch: DeviceBatch, rows: Tensor | None) -> None:
-        self.clock.token_numbers, self._rows = batch.token_numbers, rows
+        self.clock.token_numbers, self._rows, self._labelled = batch.token_numbers, rows, batch.rows
+        if self._draws:  # a base's own dropout is of torch's generator: the same masks after a resume
+            row = f"base from {batch.first_token}"
+            torch.manual_seed(dropout_key(self.clock.seed, self.clock.step, row)[0])
 
 
 @contextmanager
@@ -211,13 +278,19 @@ def packed(module: nn.Module, clock: DropoutClock | None = None) -> Iterator[Pac
     `clock` is the one that the module's dropout reads; a module in eval mode needs none.
     """
     bound_product_stores()  # for a module that was not loaded by us
-    rows = PackedModule(module, clock or DropoutClock(seed=0))
-    if not rows.by_layout:
-        yield rows
-        return
     with ExitStack() as stack:
+        if has_own_dropout(base_module(module)):
+            device = base_module(module).device
+            stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        rows = PackedModule(module, clock or DropoutClock(seed=0))
+        if not rows.by_layout:
+            yield rows
+            return
         stack.enter_context(_layout_attention(rows.base))
         stack.enter_context(fused_ops(rows.base))
+        head = rows.base.get_output_embeddings()
+        if isinstance(head, LoraLayer):
+            stack.enter_context(replaced_forward(head, rows.on_labels(head)))
         for part in _last_position_wise(rows.base):
             stack.enter_context(replaced_forward(part, rows.on_rows(part)))
         yield rows
