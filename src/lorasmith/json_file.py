@@ -5,6 +5,7 @@ Who calls knows what the file is for, and makes the reason an error of ours.
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Mapping
@@ -29,10 +30,12 @@ def read_object(
     path: Path, *, most_bytes: int = LARGEST_JSON, strict: bool = False, deepest: int | None = DEEPEST
 ) -> dict[str, Any]:
     """A JSON object. `strict`: no key twice, neither NaN nor Infinity. `deepest` None: what Python can parse.
+    A byte order mark, which editors on Windows write before it, is passed over.
 
     Raises: OSError; ValueError for what is no regular file, too large, too deep, no UTF-8 or no object.
     """
-    return parse_object(read_regular(path, most_bytes), strict=strict, deepest=deepest)
+    data = read_regular(path, most_bytes).removeprefix(codecs.BOM_UTF8)
+    return parse_object(data, strict=strict, deepest=deepest)
 
 
 def parse_object(data: bytes, *, strict: bool = False, deepest: int | None = DEEPEST) -> dict[str, Any]:

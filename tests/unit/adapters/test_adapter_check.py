@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
+import shlex
 import struct
 import time
 import zipfile
@@ -246,3 +248,23 @@ def test_a_tensor_without_memory_of_its_own_is_not_filled(adapter: Path) -> None
     weights = pickled(adapter)
     torch.save({A: torch.zeros(1).expand(10**11)}, weights)
     refused(adapter, "does not fit")
+
+
+def test_the_format_before_torch_1_6_is_named_and_saved_again_as_told(
+    adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = load_file(adapter / WEIGHTS)
+    weights = pickled(adapter)
+    torch.save(wanted, weights, _use_new_zipfile_serialization=False)
+    told = refused(adapter, "of the format before torch 1.6").fix
+    python, dash_c, code = shlex.split(told[told.index("python -c") :])
+    assert (python, dash_c) == ("python", "-c")
+    monkeypatch.chdir(adapter)
+    exec(code, {})
+    assert load_file(adapter / WEIGHTS).keys() == wanted.keys()
+    assert load_adapter(base(), adapter).peft_config["default"].r == 4
+
+
+def test_a_byte_order_mark_is_passed_over(adapter: Path) -> None:
+    (adapter / CONFIG).write_bytes(codecs.BOM_UTF8 + (adapter / CONFIG).read_bytes())
+    assert load_adapter(base(), adapter).peft_config["default"].r == 4
