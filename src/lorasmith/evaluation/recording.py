@@ -78,13 +78,13 @@ def record(tuned: Model | nn.Module, data: Dataset | Sequence[Example], rows: in
 
     A bare module is asked in ids: the beginnings of examples up to their first label, and ids by chance.
 
-    Raises: DataError if its chat format can write none of them.
+    Raises: DataError if its chat format can write none of them, or its context is too short for any.
     """
     model = tuned if isinstance(tuned, Model) else None
     module = tuned.module if isinstance(tuned, Model) else tuned
     asks = [*islice(_own(model, module, data), rows), *_neutral(model, module)]
     if not asks:
-        raise DataError("no prompt can be written in this chat format")
+        raise DataError("no prompt can be written in this chat format") if model else _too_short(module)
     answers = greedy_ids(module, [ask.ids for ask in asks], ANSWER_TOKENS)
     asked = zip(asks, answers, strict=True)
     return Golden(
@@ -147,6 +147,17 @@ def _in_room(module: nn.Module, prompts: Iterable[list[int]]) -> Iterator[_Ask]:
 def _room(module: nn.Module) -> int:
     limit = module_context(module)
     return LONGEST_PROMPT if limit is None else min(LONGEST_PROMPT, limit - ANSWER_TOKENS)
+
+
+def _too_short(module: nn.Module) -> DataError:
+    """For a module without a chat format, whose prompts are ids: only room can be wanting."""
+    context, shortest = module_context(module), min(map(len, random_rows(1)))
+    return DataError(
+        f"a context of {context} tokens has no room for a prompt and an answer of {ANSWER_TOKENS}",
+        where="max_position_embeddings in the module's config",
+        why=f"the shortest prompt that is asked has {shortest} tokens",
+        fix=f"train with a context of {shortest + ANSWER_TOKENS} or more, or do without `lorasmith verify`",
+    )
 
 
 def _asked(model: Model | None, module: nn.Module, ask: _Ask, said: list[int]) -> GoldenPrompt:

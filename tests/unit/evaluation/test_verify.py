@@ -19,7 +19,8 @@ from typer.testing import CliRunner, Result
 
 import lorasmith as ls
 from lorasmith.cli.main import app
-from lorasmith.errors import SetupError, StorageError
+from lorasmith.errors import DataError, SetupError, StorageError
+from lorasmith.evaluation.recording import record
 from lorasmith.runs.progress import SilentReporter
 from lorasmith.storage import Storage
 
@@ -321,6 +322,17 @@ def test_private_ids_stay_out_and_another_adapter_is_broken(tmp_path: Path) -> N
     told = invoke("verify", run)
     assert told.exit_code == 4
     assert "recorded ids replayed: the run was trained on ids" in told.stdout
+
+
+@pytest.mark.parametrize(("context", "asked"), [(20, None), (21, [5])])
+def test_a_context_without_room_for_a_prompt_is_named(context: int, asked: list[int] | None) -> None:
+    module = tiny_module("llama3", torch.float32, max_positions=context)
+    if asked is None:
+        with pytest.raises(DataError, match="a context of 20 tokens has no room") as caught:
+            record(module, examples(), 0, "base")
+        assert "a context of 21 or more" in caught.value.fix
+    else:
+        assert [len(prompt.input_ids) for prompt in record(module, examples(), 0, "base").prompts] == asked
 
 
 def test_a_run_on_ids_finds_its_base_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
