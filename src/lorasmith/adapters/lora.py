@@ -176,12 +176,13 @@ def _explicit_targets(
 
 
 def linear_names(module: nn.Module) -> list[str]:
-    """Last names of the linear layers, without the head."""
+    """Last names of the linear layers, without the head and without what only looks like one: routers of
+    experts are nn.Linear too, and return tuples."""
     head = module.get_output_embeddings() if isinstance(module, PreTrainedModel) else None
     names = {
         name.rpartition(".")[2]
         for name, m in module.named_modules()
-        if isinstance(m, nn.Linear) and m is not head
+        if isinstance(m, nn.Linear) and type(m).forward is nn.Linear.forward and m is not head
     }
     return sorted(names)
 

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lorasmith.adapters import lora_linear as room
 from lorasmith.adapters.dropout import DropoutClock, StatelessDropout, use_stateless_dropout
+from lorasmith.adapters.lora import linear_names
 from lorasmith.adapters.lora_linear import LoraLinear, use_fast_linear
 
 
@@ -130,12 +131,17 @@ def test_evaluation_drops_nothing_and_is_fast(calls):
     assert calls[0][-1] is None
 
 
-def test_at_rest_it_is_its_forward_bit_by_bit_and_asks_nothing():
+def test_at_rest_it_is_its_forward_bit_by_bit_and_asks_nothing(monkeypatch):
     model = adapted(True).eval()
     layer = model.base_model.model.up
     forward, x = layer.at_rest(), torch.randn(2, 6, dtype=torch.float64)
+    asked, real = [], LoraLinear._is_plain
+    monkeypatch.setattr(LoraLinear, "_is_plain", lambda *args: asked.append(args) or real(*args))
     with torch.no_grad():
-        assert torch.equal(forward(x), layer(x))
+        at_rest = forward(x)
+        assert asked == []
+        assert torch.equal(at_rest, layer(x))
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize("change", ["train", "merge", "disable", "hook", "dora"])
@@ -249,3 +255,17 @@ def test_it_can_be_copied_and_pickled():
     layer = torch.load(file, weights_only=False)
     assert isinstance(layer, LoraLinear)
     assert isinstance(layer.lora_dropout["default"], StatelessDropout)
+
+
+def test_all_linear_takes_a_subclass_that_computes_as_one_and_no_router_of_experts():
+    class Renamed(nn.Linear):
+        pass
+
+    class Router(nn.Linear):
+        """As those of Phi-MoE and Llama 4."""
+
+        def forward(self, x):
+            return super().forward(x), x
+
+    module = nn.ModuleDict({"up": nn.Linear(2, 3), "down": Renamed(3, 2), "router": Router(2, 2)})
+    assert linear_names(module) == ["down", "up"]
