@@ -7,6 +7,7 @@ Shapes: B = rows of a batch, T = tokens, M = hidden size, H = heads, D = head si
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
@@ -26,6 +27,7 @@ from lorasmith.types import Layout
 Forward = Callable[..., Any]
 Origins: TypeAlias = MutableMapping[Tensor, tuple[Normed, int]]
 """Of the outputs of RMS norms that still live, with the version they had: who writes into one ends that."""
+_COMING_TO_REST = threading.Lock()
 WAYS_DOWN = ("down_proj", "dense_4h_to_h")
 """The field's names for what a feed-forward ends with: it reads a product, never a norm."""
 
@@ -54,12 +56,18 @@ def fused_ops(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def adapters_at_rest(module: nn.Module) -> Iterator[None]:
-    """Within: nobody trains, hooks or changes an adapter of `module`, so its layers need not look."""
+    """Within: nobody trains, hooks or changes an adapter of `module`, so its layers need not look.
+
+    Several threads may be within at once: the first one's layers rest, and look again when it leaves.
+    """
     with ExitStack() as stack:
         for part in module.modules():
-            forward = part.at_rest() if isinstance(part, LoraLinear) else None
-            if forward is not None:
-                stack.enter_context(replaced_forward(part, forward))
+            with (
+                _COMING_TO_REST
+            ):  # else two threads find a layer bare, and the last leaves the other's forward
+                forward = part.at_rest() if isinstance(part, LoraLinear) else None
+                if forward is not None:
+                    stack.enter_context(replaced_forward(part, forward))
         yield
 
 
@@ -71,10 +79,11 @@ def replaced_forward(module: nn.Module, forward: Forward) -> Iterator[None]:
     try:
         yield
     finally:
-        if before is None:
-            del vars(module)["forward"]
-        else:
-            vars(module)["forward"] = before
+        if vars(module).get("forward") is forward:  # else it is of somebody who came later
+            if before is None:
+                del vars(module)["forward"]
+            else:
+                vars(module)["forward"] = before
 
 
 def _fused_forward(module: nn.Module, origins: Origins) -> Forward | None:
