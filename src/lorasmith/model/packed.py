@@ -38,7 +38,6 @@ _POSITION_WISE = (
 )
 """The field's names for what, in the last layer, only reads and writes a token's own position."""
 
-
 _TILE = 128
 """Rows of a tile of cuBLAS's products and of FlexAttention's blocks: a partly filled one costs a full one."""
 _STATIC = (1024, 2048)

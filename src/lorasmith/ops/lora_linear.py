@@ -72,7 +72,9 @@ def swiglu_lora_linear(
     scaling: float,
     mask: DropoutMask | None = None,
 ) -> Tensor:
-    """`lora_linear` of swiglu(gate, up), a feed-forward's way down: gate and up (..., D) -> (..., O).
+    """`lora_linear` of swiglu(gate, up), a feed-forward's way down.
+
+    Shapes: gate and up (..., D), both of W's dtype -> (..., O).
 
     It keeps gate and up, from which the backward makes the product again: with both functions apart a third
     array of their size would be kept.

@@ -27,7 +27,10 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def traced_rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Normed]:
-    """`rms_norm`, and what it was made of: who reads it need not keep it for a backward."""
+    """`rms_norm`, and what it was made of: who reads it need not keep it for a backward.
+
+    Shapes: x (..., D), weight (D,) -> (..., D), and a `Normed` of the same x and weight.
+    """
     out: Tensor
     out, rstd = _RmsNorm.apply(x_TD, weight_D, eps)  # type: ignore[no-untyped-call]
     return out, Normed(x_TD, weight_D, rstd, Remade(eps))
@@ -55,6 +58,8 @@ class Normed:
     x_TD: Tensor
     weight_D: Tensor
     rstd: Tensor
+    """1 / sqrt(mean(x^2) + eps) in fp32 or wider: (..., 1) from torch, (N,) over the flat rows from the twin.
+    Only the road that made it reads it again."""
     remade: Remade
 
 
