@@ -198,7 +198,7 @@ def train(
     Raises: SetupError if a run lies in `output_dir` and `resume` is False, or another one is writing there;
     CheckpointError if there is nothing to resume, or it belongs to another run; DataError for examples that
     this model cannot take; MemoryLimitError; DivergedError; NotReproducedError; StorageError; Interrupted (a
-    KeyboardInterrupt too) by SIGINT, SIGTERM or SIGUSR1, with a checkpoint to resume from.
+    KeyboardInterrupt too) by SIGINT, SIGTERM, SIGHUP or SIGUSR1, with a checkpoint to resume from.
     """
     from lorasmith.evaluation.golden import base_fingerprint, is_golden
     from lorasmith.evaluation.loss import loss_while_training

@@ -12,7 +12,7 @@ LorasmithError                 exit code
 ├── NotReproducedError                6   --resume prove: steps trained again came out otherwise
 ├── StorageError     (OSError)       7   the disk refused
 └── Interrupted      (KeyboardInterrupt) 130  stopped by Ctrl-C, with a checkpoint to go on from
-    ├── Terminated                 143   by SIGTERM
+    ├── Terminated                 143   by SIGTERM, or by SIGHUP: its terminal went away
     └── Preempted                   75   by SIGUSR1, which schedulers send before they take the machine
 """
 

@@ -26,6 +26,7 @@ from lorasmith.training.signals import stop_requests
 SIGNALS = {
     signal.SIGINT: (Interrupted, 130),
     signal.SIGTERM: (Terminated, 143),
+    signal.SIGHUP: (Terminated, 143),
     signal.SIGUSR1: (Preempted, 75),
 }
 TRAIN = {"num_epochs": 4, "batch_size": 3, "save_steps": 100, "logging_steps": 2, "learning_rate": 1e-2}

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 import warnings
+from contextlib import suppress
 from importlib import import_module
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 import typer
 import typer.main
 from typer.core import TyperGroup
 
-from lorasmith.errors import LorasmithError
+from lorasmith.errors import LorasmithError, SetupError, StorageError
 from lorasmith.redaction import without_secrets
+
+_LONGEST_SHOWN = 200
+"""Characters of a path that is told."""
 
 
 class Verb(NamedTuple):
@@ -109,17 +114,64 @@ def main() -> None:
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     warnings.showwarning = _one_line
     sys.excepthook = _print_traceback
+    _open_closed_streams()
     try:
+        _require_working_directory()
         app()
     except LorasmithError as error:
-        if debug:
-            _print_traceback(type(error), error)
-        else:
-            typer.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
+        _leave(error, error, debug)
+    except OSError as error:
+        if error.errno is None:  # none of the system's own
+            raise
+        _leave(_refusal(error), error, debug)
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
         sys.exit(130)
+
+
+def _leave(told: LorasmithError, error: Exception, debug: bool) -> NoReturn:
+    if debug:
+        _print_traceback(type(error), error)
+    else:
+        with suppress(OSError):  # nobody reads it: the exit code says it too
+            typer.echo(f"error: {told}", err=True)
+    sys.exit(told.exit_code)
+
+
+def _refusal(error: OSError) -> StorageError:
+    """What the system would not do, where no reader or writer of ours has told it better."""
+    try:
+        sys.stdout.flush()
+    except OSError:  # it was standard output that refused, and it would again when the process ends
+        from lorasmith.runs.progress import lead_nowhere
+
+        lead_nowhere(sys.stdout)
+    path = str(error.filename or "standard output, or a file unnamed")
+    shown = path if len(path) <= _LONGEST_SHOWN else f"{path[:_LONGEST_SHOWN]}..."
+    fix = "check this path, its file system and your rights; --debug shows who asked"
+    return StorageError(f"the system refuses: {error.strerror}", where=shown, fix=fix)
+
+
+def _open_closed_streams() -> None:
+    """A file opened later would get the number of a closed stream, and what is said be written into it."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", encoding="utf-8", closefd=False)
+
+
+def _require_working_directory() -> None:
+    """torch cannot be loaded from nowhere: its libraries end the process."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        fix = "change to a directory that exists: cd"
+        raise SetupError(
+            "the working directory was deleted", where=os.environ.get("PWD", ""), fix=fix
+        ) from None
 
 
 def _one_line(message: Warning | str, *_: object, **__: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -61,6 +62,7 @@ def train(
     """Fine-tune a LoRA adapter."""
     from lorasmith.recipe import plan as plan_of
     from lorasmith.recipe import run as run_recipe
+    from lorasmith.runs.progress import say
 
     flags = {
         "model.path": model,
@@ -88,25 +90,29 @@ def train(
     with stops_told():
         run = run_recipe(recipe, on_data=say_data_and_load_libraries, **asked)
     if not run.proved:  # a proof has said what came out, and made nothing new
-        typer.echo(describe_run(run))
+        say(describe_run(run))
 
 
 @contextmanager
 def stops_told() -> Iterator[None]:
     """A run that was asked to stop says how to go on, and exits by its signal (see `lorasmith.errors`)."""
+    from lorasmith.runs.progress import say
+
     try:
         yield
     except Interrupted as stop:  # typer knows any KeyboardInterrupt as 130, and says nothing
-        typer.echo(str(stop), err=True)
+        say(str(stop), sys.stderr)
         raise typer.Exit(stop.exit_code) from stop
 
 
 def say_data(data: Dataset) -> None:
+    from lorasmith.runs.progress import say
+
     report = data.report
     held_out = f", {len(data.held_out):,} held out" if data.held_out else ""
-    typer.echo(f"data: {len(data):,} rows to train on{held_out} ({report.format}: {report.format_reason})")
+    say(f"data: {len(data):,} rows to train on{held_out} ({report.format}: {report.format_reason})")
     for warning in data.warnings:
-        typer.echo(f"warning: {without_secrets(warning)}", err=True)
+        say(f"warning: {without_secrets(warning)}", sys.stderr)
 
 
 def say_data_and_load_libraries(data: Dataset) -> None:

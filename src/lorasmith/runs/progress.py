@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -39,6 +42,53 @@ class Reporter(Protocol):
     def finish(self) -> None: ...
 
 
+@contextmanager
+def perhaps_unheard(stream: TextIO | None) -> Iterator[None]:
+    """What is said to a terminal that has gone, a closed pipe or a full disk is lost, and a run goes on: from
+    then on `stream` leads nowhere. metrics.jsonl has the numbers all the same."""
+    try:
+        yield
+    except OSError as error:
+        if stream is None:
+            raise
+        lead_nowhere(stream)
+        if stream is not sys.stderr:
+            say(f"cannot write to standard output ({error.strerror}): the run goes on without", sys.stderr)
+
+
+def lead_nowhere(stream: TextIO) -> None:
+    """What is left in its buffer goes there too: it cannot fail when the process ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """A line to `stream`, by default standard output, if somebody is there to read it."""
+    to = stream or sys.stdout
+    with perhaps_unheard(to):
+        print(text, file=to, flush=True)
+
+
+class _Output:
+    """A stream as `perhaps_unheard` has it, for rich, which also writes from a thread of its own."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with perhaps_unheard(self._stream):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with perhaps_unheard(self._stream):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 class PlainReporter:
     """Lines of text, for logs and pipes."""
 
@@ -49,10 +99,10 @@ class PlainReporter:
         pass
 
     def line(self, line: StepLine) -> None:
-        print(describe(line), flush=True)
+        say(describe(line))
 
     def note(self, text: str) -> None:
-        print(without_secrets(text), flush=True)
+        say(without_secrets(text))
 
     def finish(self) -> None:
         pass
@@ -63,7 +113,8 @@ class LiveReporter:
 
     def __init__(self, console: Console | None = None) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=console or Console(), transient=True)
+        seen = console or Console(file=cast(TextIO, _Output(sys.stdout)))
+        self._progress = Progress(*columns, console=seen, transient=True)
         self._task: TaskID | None = None
 
     def start(self, step: int, total_steps: int) -> None:
@@ -99,11 +150,12 @@ class EventReporter(SilentReporter):
     """Single events only, to standard error: where standard output is for a program."""
 
     def note(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        say(text, sys.stderr)
 
 
 def default_reporter() -> Reporter:
-    return LiveReporter() if sys.stdout.isatty() else PlainReporter()
+    seen = sys.stdout is not None and sys.stdout.isatty()
+    return LiveReporter() if seen else PlainReporter()
 
 
 def describe(line: StepLine) -> str:

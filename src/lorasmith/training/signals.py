@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from lorasmith.errors import Interrupted, Preempted, Terminated
@@ -15,6 +15,7 @@ from lorasmith.errors import Interrupted, Preempted, Terminated
 _ERRORS: dict[int, type[Interrupted]] = {
     signal.SIGINT: Interrupted,
     signal.SIGTERM: Terminated,
+    signal.SIGHUP: Terminated,
     signal.SIGUSR1: Preempted,
 }
 _ONE_REQUEST = 0.25
@@ -61,13 +62,14 @@ class StopRequest:
         if self._raise_at_once:
             raise _ERRORS[number]("an evaluation was given up")
         # print() is not safe in a handler: it may have interrupted another print.
-        os.write(2, b"stopping after this step, with a checkpoint; once more leaves at once\n")
+        with suppress(OSError):  # after SIGHUP there is no terminal to tell
+            os.write(2, b"stopping after this step, with a checkpoint; once more leaves at once\n")
 
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Within: SIGINT, SIGTERM and SIGUSR1 are requests. Signals that were ignored, as of a job in the
-    background, stay ignored; outside the main thread nothing is changed."""
+    """Within: SIGINT, SIGTERM, SIGHUP and SIGUSR1 are requests. Signals that were ignored, as of a job in the
+    background or under nohup, stay ignored; outside the main thread nothing is changed."""
     request, before = StopRequest(), {}
     try:
         if threading.current_thread() is threading.main_thread():
