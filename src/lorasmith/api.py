@@ -161,7 +161,7 @@ def opened_model(
     return Model(module, chat_format.tokenizer, family, chat_format, directory, settled, system)
 
 
-def load_dataset(path: str, model: Model | ChatFormat, **options: Any) -> Dataset:
+def load_dataset(path: str | Path, model: Model | ChatFormat, **options: Any) -> Dataset:
     """Rows of a file (or a hub data set) as checked, encoded examples.
 
     `options` are keys of DataConfig: system, eval, format, columns, max_length, over_length, on_bad_row, ...
@@ -171,6 +171,11 @@ def load_dataset(path: str, model: Model | ChatFormat, **options: Any) -> Datase
     from lorasmith.families.opening import context_length
     from lorasmith.model.model import Model
 
+    if not isinstance(path, str | os.PathLike):
+        raise ConfigError(
+            f"load_dataset reads a file, not a {type(path).__name__}",
+            fix="write the rows to a .jsonl file and name it; ls.train takes a list of Examples as it is",
+        )
     config = validate(DataConfig, {"train": str(path), **options}, where="load_dataset")
     written = model.chat_format if isinstance(model, Model) else model
     limit = context_length(model.directory) if isinstance(model, Model) else None
@@ -206,6 +211,7 @@ def train(
     from lorasmith.model.model import Model
     from lorasmith.runs.lock import run_lock
     from lorasmith.runs.progress import default_reporter
+    from lorasmith.runs.run_dir import resume_told
     from lorasmith.storage import Storage
     from lorasmith.training.prove import prove
     from lorasmith.training.session import Session
@@ -221,7 +227,7 @@ def train(
     held_out_loss = loss_while_training(held_out, config.train, session.base)
     if resume == "prove":
         return _ended(session, model, prove(session, held_out_loss))
-    with run_lock(storage, Path(output_dir), reporter):
+    with resume_told(Path(output_dir)), run_lock(storage, Path(output_dir), reporter):
         outcome = session.run(held_out_loss, resume=resume)
         run = _ended(session, model, outcome)
         if not outcome.trained and is_golden(session.run_dir):

@@ -17,17 +17,17 @@ from pathlib import Path
 
 from lorasmith.errors import StorageError
 
-_AGAIN = "then run the same command again (a training run with --resume: its earlier checkpoints stand)"
+AGAIN = "then run the same command again"
 _REMEDIES = {
-    errno.ENOSPC: f"make room on this disk, {_AGAIN}",
-    errno.EDQUOT: f"your quota is used up: delete files or ask for more, {_AGAIN}",
-    errno.EFBIG: f"raise the limit of file sizes (ulimit -f), {_AGAIN}",
-    errno.EIO: f"the disk or the way to it fails: look into dmesg, copy the directory elsewhere, {_AGAIN}",
-    errno.EROFS: f"the file system is read-only: remount it or choose another directory, {_AGAIN}",
-    errno.EACCES: f"get the right to write there (chmod u+rwx) or choose another directory, {_AGAIN}",
-    errno.EPERM: f"get the right to write there or choose another directory, {_AGAIN}",
-    errno.EMFILE: f"raise the limit of open files (ulimit -n 4096), {_AGAIN}",
-    errno.ENFILE: f"close other programs: the machine has no open files left, {_AGAIN}",
+    errno.ENOSPC: f"make room on this disk, {AGAIN}",
+    errno.EDQUOT: f"your quota is used up: delete files or ask for more, {AGAIN}",
+    errno.EFBIG: f"raise the limit of file sizes (ulimit -f), {AGAIN}",
+    errno.EIO: f"the disk or the way to it fails: look into dmesg, copy the directory elsewhere, {AGAIN}",
+    errno.EROFS: f"the file system is read-only: remount it or choose another directory, {AGAIN}",
+    errno.EACCES: f"get the right to write there (chmod u+rwx) or choose another directory, {AGAIN}",
+    errno.EPERM: f"get the right to write there or choose another directory, {AGAIN}",
+    errno.EMFILE: f"raise the limit of open files (ulimit -n 4096), {AGAIN}",
+    errno.ENFILE: f"close other programs: the machine has no open files left, {AGAIN}",
     errno.ENAMETOOLONG: "choose a shorter output directory",
     errno.ELOOP: "a symbolic link lies where a file shall be written: remove it",
 }
@@ -248,7 +248,7 @@ def storage_error(path: Path, error: OSError, *, needed: int = 0) -> StorageErro
         f"cannot write {path.name}",
         where=str(path),
         why=f"{error.strerror or error}{_room(path, needed)}",
-        fix=_REMEDIES.get(error.errno or 0, f"look at this path, {_AGAIN}"),
+        fix=_REMEDIES.get(error.errno or 0, f"look at this path, {AGAIN}"),
     )
 
 

@@ -132,7 +132,7 @@ def entry_key(path: Path, config: DataConfig, chat_format: ChatFormat) -> str | 
     try:
         with path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
+    except (OSError, ValueError):
         return None  # reading the rows will say what is wrong
     read_by = config.model_dump(include={"format", "columns", "system", "input_separator"})
     written_by = [chat_format.name, list(chat_format.stop_ids), _probed(chat_format)]

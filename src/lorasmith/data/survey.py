@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -216,8 +217,7 @@ def _require_source(source: str) -> None:
 
 
 def _is_file(source: str) -> bool:
-    path = Path(source)
-    looks_like_file = path.exists() or any(kind in path.suffixes for kind in KINDS)
+    looks_like_file = os.path.exists(source) or any(kind in Path(source).suffixes for kind in KINDS)
     return looks_like_file or not _HUB_NAME.fullmatch(source)
 
 
@@ -229,7 +229,7 @@ def _state_of(source: str) -> tuple[int, int, int] | None:
     """What changes when somebody writes to the file while it is read."""
     try:
         status = Path(source).stat()
-    except OSError:
+    except (OSError, ValueError):  # a name too long, or with a zero byte: reading it says so
         return None
     return status.st_ino, status.st_size, status.st_mtime_ns
 

@@ -21,6 +21,7 @@ from lorasmith.rows.source import (
     guess_encoding,
     not_utf8,
     open_source,
+    path_shown,
     text_chunks,
 )
 from lorasmith.rows.strict_json import BrokenArray, JsonFault, array_elements, parse_line, row_too_long
@@ -68,7 +69,7 @@ def read_records(path: Path, *, limits: Limits = DEFAULT_LIMITS) -> Iterator[Row
     if kind not in KINDS:
         known = ", ".join(KINDS)
         raise DataError(
-            f"{path} is of no kind that we read", why=f"known: {known}, also .gz", fix="rename it"
+            f"{path_shown(path)} is of no kind that we read", why=f"known: {known}, also .gz", fix="rename it"
         )
     empty = True
     with open_source(path, limits) as stream:

@@ -16,6 +16,8 @@ from typing import IO, Any
 from lorasmith.errors import DataError
 
 _CHUNK_BYTES = 1 << 20
+_LONGEST_SHOWN = 200
+"""Characters of a name that cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,13 +112,23 @@ def _refuse_other_than_file(path: Path) -> None:
     except FileNotFoundError:
         raise DataError(f"there is no data file {path}", fix="check the path") from None
     except OSError as error:
-        raise DataError(f"cannot read {path}", why=str(error.strerror), fix="check the path") from None
+        raise DataError(
+            f"cannot read {path_shown(path)}", why=str(error.strerror), fix="check the path"
+        ) from None
+    except ValueError as error:
+        raise DataError(f"cannot read {path_shown(path)}", why=str(error), fix="check the path") from None
     if not stat.S_ISREG(mode):
         raise DataError(
             f"{path} is not a regular file",
             why="a directory, a pipe or a device has no lines that an error could name",
             fix="name one .json, .jsonl, .csv or .parquet file (also .gz)",
         )
+
+
+def path_shown(path: Path) -> str:
+    """Rows given in place of a file's name can be long."""
+    text = str(path)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 def _refuse_other_than_utf8(head: bytes, path: Path) -> None:

@@ -13,7 +13,7 @@ from lorasmith.errors import ConfigError, StorageError
 from lorasmith.files.adapter_dir import ADAPTER_WEIGHTS
 from lorasmith.runs.lock import holder_told, lock_holder
 from lorasmith.runs.manifest import TrainState, damage, list_checkpoints, read_state, step_of
-from lorasmith.runs.metrics import read_metrics
+from lorasmith.runs.metrics import METRICS_FILE, read_metrics, unreadable_lines
 from lorasmith.runs.run_dir import CONFIG_FILE, is_run_dir
 from lorasmith.runs.same_run import RowHashes
 
@@ -28,7 +28,7 @@ class RunSummary:
     path: Path
     state: Literal["running", "finished", "stopped", "damaged"]
     told: str
-    """Who holds it, or what is damaged; else nothing."""
+    """Who holds it, or what of it is damaged; else nothing."""
     step: int
     """The last one that the log or a checkpoint knows of."""
     total_steps: int | None
@@ -67,6 +67,8 @@ def summarize(run_dir: Path, *, hashes: bool = False) -> RunSummary:
     if problem is None and bad and not good:
         problem = "no checkpoint can be trusted"
     state, told = _state(run_dir, problem, newest, total, config)
+    if not told and (lost := unreadable_lines(run_dir)):
+        told = f"{METRICS_FILE}:{lost[0]} cannot be read" + f", nor {len(lost) - 1} more" * (len(lost) > 1)
     evaluated = [m["eval_loss"] for m in lines if m["step"] > 0 and m.get("eval_loss") is not None]
     rows = RowHashes.read(run_dir)
     size, written = _size_and_time(run_dir)

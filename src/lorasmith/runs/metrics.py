@@ -11,6 +11,7 @@ from lorasmith.redaction import tree_without_secrets
 from lorasmith.storage import Storage
 
 METRICS_FILE = "metrics.jsonl"
+_NUMBERS = ("loss", "eval_loss", "grad_norm", "learning_rate", "num_targets")
 
 
 class MetricsLog:
@@ -35,9 +36,20 @@ class MetricsLog:
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl, without those that a crash or a bad disk left unreadable."""
+    return [line for line in map(_parsed, _whole_lines(run_dir)) if line is not None]
+
+
+def unreadable_lines(run_dir: Path) -> list[int]:
+    """The numbers, from 1, of the lines that `read_metrics` leaves out."""
+    lines = enumerate(_whole_lines(run_dir), start=1)
+    return [number for number, line in lines if line and _parsed(line) is None]
+
+
+def _whole_lines(run_dir: Path) -> list[str]:
+    """Without a last one that is being written, or was when the process ended."""
     path = run_dir / METRICS_FILE
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    return [line for line in map(_parsed, text.split("\n")) if line is not None]
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    return text.split("\n")[:-1]
 
 
 def _parsed(text: str) -> dict[str, Any] | None:
@@ -45,7 +57,16 @@ def _parsed(text: str) -> dict[str, Any] | None:
         tree = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return tree if isinstance(tree, dict) and isinstance(tree.get("step"), int) else None
+    if not isinstance(tree, dict) or not _is_count(tree.get("step")):
+        return None
+    numbers_hold = all(isinstance(tree.get(key), float | None) or _is_count(tree[key]) for key in _NUMBERS)
+    return (
+        tree if numbers_hold and (tree.get("total_steps") is None or _is_count(tree["total_steps"])) else None
+    )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def _not_finite(value: Any) -> bool:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from filecmp import cmp
 from pathlib import Path
 
 from lorasmith.config import RunConfig, TrainConfig, to_yaml
-from lorasmith.errors import CheckpointError, ConfigError, SetupError
+from lorasmith.errors import CheckpointError, ConfigError, SetupError, StorageError
 from lorasmith.files.adapter_dir import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -33,7 +35,7 @@ from lorasmith.runs.metrics import METRICS_FILE
 from lorasmith.runs.picture import LOSS_PICTURE
 from lorasmith.runs.progress import Reporter
 from lorasmith.runs.same_run import ROWS_FILE, RowHashes
-from lorasmith.storage import Storage
+from lorasmith.storage import AGAIN, Storage
 
 CONFIG_FILE = "config.yaml"
 REJECTS_FILE = "rejects.jsonl"
@@ -75,6 +77,17 @@ def open_run_dir(storage: Storage, run_dir: Path, *, resume: bool, reporter: Rep
 def is_run_dir(path: Path) -> bool:
     """A run was begun there, and wrote something that a new one would have to overwrite."""
     return any((path / name).exists() for name in (CONFIG_FILE, METRICS_FILE)) or bool(list_checkpoints(path))
+
+
+@contextmanager
+def resume_told(run_dir: Path) -> Iterator[None]:
+    """A disk that refuses a run: what to do names --resume, where there is something to go on with."""
+    try:
+        yield
+    except StorageError as error:
+        if error.fix.endswith(AGAIN) and is_run_dir(run_dir):
+            error.fix += ", with --resume: the checkpoints stand"
+        raise
 
 
 def require_run(run_dir: Path) -> None:
