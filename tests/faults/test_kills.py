@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import pytest
 from arena import Arena, calls_about, distinct_kills, durable_after, faults_at_rest, save_and_retention
 
+from lorasmith.files.adapter_dir import ADAPTER_WEIGHTS
+from lorasmith.runs.metrics import read_metrics
 from lorasmith.runs.run_dir import is_run_dir
 
 Figures = Callable[..., None]
@@ -101,3 +104,21 @@ def test_the_harness_finds_a_protocol_without_renames(arena: Arena, protocol: st
         assert answer["ended"] == "killed"
         found += faults_at_rest(run_dir, 0)
     assert any("is listed, but" in fault for fault in found), found
+
+
+@pytest.mark.parametrize("nth", range(1, 6), ids=lambda nth: f"evaluation {nth}")
+def test_a_kill_in_an_evaluation_costs_nothing(arena: Arena, nth: int) -> None:
+    """Its loss, the best step and the adapter are those of the run that nobody killed."""
+    whole, run_dir = arena.root / "evaluated", arena.new_dir()
+    if not whole.exists():
+        assert arena.server.run("evaluated", run_dir=whole)["ended"] == "returned"
+    assert arena.server.run("evaluated", run_dir=run_dir, nth=nth)["ended"] == "killed"
+    assert faults_at_rest(run_dir, at_least=0) == []
+    answer = arena.server.run("evaluated", run_dir=run_dir, resume=is_run_dir(run_dir))
+    assert answer["ended"] == "returned", answer
+    assert scores(run_dir) == scores(whole)
+    assert (run_dir / ADAPTER_WEIGHTS).read_bytes() == (whole / ADAPTER_WEIGHTS).read_bytes()
+
+
+def scores(run_dir: Path) -> list[tuple[object, ...]]:
+    return [(line["step"], line.get("loss"), line.get("eval_loss")) for line in read_metrics(run_dir)]

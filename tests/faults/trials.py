@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import pickle
 import resource
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Mapping
@@ -19,6 +21,7 @@ from modules import examples
 
 import lorasmith as ls
 import lorasmith.training.loop as loop
+from lorasmith.data.dataset import Dataset
 from lorasmith.runs import lock, manifest
 from lorasmith.runs.progress import SilentReporter
 from lorasmith.storage import Storage
@@ -167,3 +170,53 @@ def recorded(
     disk = RecordingDisk(unsynced)
     act(_PROTOCOLS[protocol](disk), run_dir, target)
     Path(calls_file).write_bytes(pickle.dumps(disk.calls))
+
+
+def evaluated(run_dir: str, nth: int = 0, *, resume: bool = False) -> None:
+    """A run with an evaluation before its first step and after each, killed in the `nth` of them."""
+    rows, passes = examples(10), itertools.count()
+    data = Dataset(tuple(rows[:6]), (), tuple(rows[6:]), (), report=None, config=ls.DataConfig())
+    module = _LOADED["module"]
+
+    def kill(part: Any, inputs: Any, out: torch.Tensor) -> None:
+        """Of the last layer's: what `packed` tries is shorter than any row."""
+        if not part.training and out.shape[1] > 4 and next(passes) == nth - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    module.model.layers[-1].register_forward_hook(kill)
+    ls.train(
+        module,
+        data,
+        output_dir=run_dir,
+        lora=ls.LoraConfig(r=2, lora_dropout=0.2),
+        train=ls.TrainConfig(
+            num_epochs=STEPS,
+            max_steps=STEPS,
+            batch_size=3,
+            save_steps=SAVE_STEPS,
+            eval_steps=1,
+            logging_steps=1,
+        ),
+        resume=resume,
+        reporter=SilentReporter(),
+    )
+
+
+def as_nobody(run_dir: str, base: str, target: str | None = None) -> None:
+    """By a user who owns nothing here."""
+    os.setgroups([])
+    os.setuid(65534)
+    if target is None:
+        act(Storage(), run_dir, None)
+    else:
+        ls.merge(run_dir, base=base, output_dir=target)
+
+
+def from_nowhere(run_dir: str, target: str | None = None) -> None:
+    """In a deleted working directory, with a home and a place for temporary files that never were."""
+    gone = tempfile.mkdtemp()
+    os.chdir(gone)
+    os.rmdir(gone)
+    os.environ |= {"HOME": "/proc/nowhere", "TMPDIR": "/proc/nowhere", "XDG_CACHE_HOME": "/proc/nowhere"}
+    tempfile.tempdir = None
+    act(Storage(), run_dir, target)
