@@ -45,14 +45,20 @@ def fp8_base(module: nn.Module, *, enabled: bool) -> Iterator[None]:
 
 
 def frozen_linears(module: nn.Module) -> list[nn.Linear]:
-    """Plain frozen linear layers, with LoRA or without, of sides that fp8 products take; never the head."""
+    """Plain frozen linear layers, with LoRA or without, of sides that fp8 products take.
+
+    Never the head, adapted or trained as it may be, nor what shares its weight with an embedding.
+    """
     linears = _linears(module)
     return [part for part in linears if not part.weight.requires_grad and fits_fp8(part.weight)]
 
 
 def _linears(module: nn.Module) -> list[nn.Linear]:
     head = base_module(module).get_output_embeddings()
-    return [part for part in module.modules() if type(part) is nn.Linear and part is not head]
+    kept = set() if head is None else set(head.modules())  # LoRA and modules_to_save wrap it
+    tables = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
+    linears = [part for part in module.modules() if type(part) is nn.Linear]
+    return [part for part in linears if part not in kept and id(part.weight) not in tables]
 
 
 def require_fp8(base: PreTrainedModel) -> None:

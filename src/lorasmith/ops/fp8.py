@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lorasmith.kernels.twins import triton_twin
 
@@ -110,9 +110,17 @@ class Fp8Weight(Tensor):
             out = own(*args)
             if out is not NotImplemented:
                 return out
-        assert not func._schema.is_mutable, f"{func}: a quantised weight is never changed"
+        assert not _writes_one(func, args, kwargs or {}), f"{func}: a quantised weight is never changed"
         dense = tree_map_only(Fp8Weight, Fp8Weight.dense, (tuple(args), dict(kwargs or {})))
         return func(*dense[0], **dense[1])
+
+
+def _writes_one(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether one of the arguments that `func` changes, by its schema, is a quantised weight."""
+    declared = func._schema.arguments
+    given = dict(zip((argument.name for argument in declared), args, strict=False)) | dict(kwargs)
+    written = [given.get(a.name) for a in declared if a.alias_info is not None and a.alias_info.is_write]
+    return any(isinstance(leaf, Fp8Weight) for leaf in tree_leaves(written))
 
 
 def quantised(w_OD: Tensor) -> Fp8Weight:

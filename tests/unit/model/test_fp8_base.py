@@ -11,6 +11,8 @@ from modules import examples, save_tiny, tiny_module
 from safetensors.torch import load_file
 
 import lorasmith as ls
+from lorasmith.adapters.dropout import DropoutClock
+from lorasmith.adapters.lora import attach_lora
 from lorasmith.errors import CheckpointError, ConfigError
 from lorasmith.model.checkpointing import activation_checkpointing
 from lorasmith.model.fp8 import fp8_base, frozen_linears, require_capability, require_fp8
@@ -82,6 +84,26 @@ def test_what_is_in_fp8_and_what_is_not():
         assert all("proj" in name and "lora_" not in name for name in quantised)
     with fp8_base(model, enabled=False):
         assert not any(isinstance(p, Fp8Weight) for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["llama3", "qwen2"])  # with a head of its own, and a tied one
+def test_neither_head_nor_embedding_is_in_fp8_however_adapted(kind, lora):
+    module = tiny_module(kind, torch.float32)
+    config, clock = ls.LoraConfig(r=4, **lora), DropoutClock(seed=0)
+    model = attach_lora(module, config, family_targets=None, base_name="b", clock=clock)
+    names = {part: name for name, part in model.named_modules()}
+    linears = [names[part] for part in frozen_linears(model)]
+    assert len(linears) == 3 * 7
+    assert all("layers" in name for name in linears)
 
 
 def test_the_own_weights_come_back_even_after_an_error():

@@ -104,6 +104,11 @@ def test_everything_else_reads_numbers_and_nothing_writes() -> None:
     assert torch.equal((weight + 0).float().norm(dim=1), weight.dense().float().norm(dim=1))
     with pytest.raises(AssertionError, match="never changed"):
         weight.mul_(2)
+    with pytest.raises(AssertionError, match="never changed"):
+        torch.add(weight.dense(), 1, out=weight)
+    copy = torch.zeros(48, 32, dtype=torch.bfloat16)
+    assert torch.equal(copy.copy_(weight), weight.dense())
+    assert torch.equal(copy.add_(weight), 2 * weight.dense())
 
 
 @pytest.mark.parametrize(
