@@ -18,8 +18,9 @@ from lorasmith.config import LoraConfig
 from lorasmith.errors import ConfigError
 from lorasmith.model.checkpointing import decoder_layers
 from lorasmith.model.fp8 import frozen_linears
-from lorasmith.model.fused import WAYS_DOWN, rms_norm_eps
+from lorasmith.model.fused import WAYS_DOWN, is_rms_norm, is_swiglu
 from lorasmith.model.load import empty_module
+from lorasmith.model.packed import takes_layout
 from lorasmith.types import IGNORE_INDEX, Batch
 
 _CPU_TILE, _GPU_TILE = 2 << 20, 256 << 20
@@ -106,13 +107,15 @@ def activation_widths(model: peft.PeftModel) -> ActivationWidths:
     and what it reads is kept if it has LoRA, once for those that read the same, unless it is made again."""
     layers = decoder_layers(model) or [model]
     text = model.get_base_model().config.get_text_config()
-    kept = tuple(_kept(layer) for layer in layers)
+    by_layout = takes_layout(model)  # the others compute by their own ops
+    kept = tuple(_kept(layer, by_layout) for layer in layers)
     return ActivationWidths(kept, int(text.hidden_size), int(text.vocab_size))
 
 
-def _kept(layer: nn.Module) -> int:
-    normed = any(rms_norm_eps(part) is not None for part in layer.modules())
-    return sum(_kept_by_block(block, normed) for block in _blocks(layer))
+def _kept(layer: nn.Module, by_layout: bool) -> int:
+    remade = by_layout and any(is_swiglu(part) for part in layer.modules())
+    normed = remade and any(is_rms_norm(part) for part in layer.modules())
+    return sum(_kept_by_block(block, remade, normed) for block in _blocks(layer))
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
@@ -123,10 +126,10 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
             yield from _blocks(part)
 
 
-def _kept_by_block(block: nn.Module, normed: bool) -> int:
+def _kept_by_block(block: nn.Module, remade: bool, normed: bool) -> int:
     """Of the linear layers of an attention or a feed-forward, the last reads what the others made.
 
-    The backward makes again what it can: an RMS norm's output, and SwiGLU's product.
+    The backward of our own ops makes again an RMS norm's output (`normed`) and SwiGLU's product (`remade`).
     """
     parts = {n: m for n, m in block.named_children() if isinstance(m, LoraLayer | nn.Linear)}
     linears = [m.get_base_layer() if isinstance(m, LoraLayer) else m for m in parts.values()]
@@ -135,7 +138,8 @@ def _kept_by_block(block: nn.Module, normed: bool) -> int:
         return 0
     outputs = sum(linear.out_features for linear in linears)
     shared = linears[0].in_features if any(adapted[:-1]) and not normed else 0
-    read_last = linears[-1].in_features if adapted[-1] and list(parts)[-1] not in WAYS_DOWN else 0
+    product = remade and list(parts)[-1] in WAYS_DOWN
+    read_last = linears[-1].in_features if adapted[-1] and not product else 0
     return int(outputs + shared + read_last)
 
 

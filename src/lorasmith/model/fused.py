@@ -30,6 +30,10 @@ Origins: TypeAlias = MutableMapping[Tensor, tuple[Normed, int]]
 _COMING_TO_REST = threading.Lock()
 WAYS_DOWN = ("down_proj", "dense_4h_to_h")
 """The field's names for what a feed-forward ends with: it reads a product, never a norm."""
+_PACKED = tuple(zip(("gate_up_proj", "dense_h_to_4h"), WAYS_DOWN, strict=True))
+_GATED = ({"gate_proj", "up_proj", "down_proj"}, *map(set, _PACKED))
+_SMALL = 16
+"""Features of what is tried apart from the model."""
 
 
 @contextmanager
@@ -91,9 +95,9 @@ def _fused_forward(module: nn.Module, origins: Origins) -> Forward | None:
     parts = dict(module.named_children())
     if parts.keys() >= {"q_proj", "k_proj", "v_proj", "o_proj"}:
         return _rotary_attention(module)
-    if parts.keys() >= {"gate_proj", "up_proj", "down_proj"}:
+    if parts.keys() >= _GATED[0]:
         return _gated(parts["gate_proj"], parts["up_proj"], parts["down_proj"])
-    for packed, down in zip(("gate_up_proj", "dense_h_to_4h"), WAYS_DOWN, strict=True):
+    for packed, down in _PACKED:
         if parts.keys() >= {packed, down} and _halves(parts[packed], parts[down]):
             return _packed_gated(parts[packed], parts[down])
     if rms_norm_eps(module) is not None:
@@ -112,6 +116,37 @@ def rms_norm_eps(module: nn.Module) -> float | None:
     own = dict(module.named_parameters(recurse=False))
     is_one = own.keys() == {"weight"} and own["weight"].ndim == 1 and not any(module.children())
     return eps if is_one and isinstance(eps, float) else None
+
+
+def is_rms_norm(module: nn.Module) -> bool:
+    """Whether it is an RMS norm as ours, so that its output is made again: tried on a small one of its class,
+    since its own weight may be on the meta device."""
+    return rms_norm_eps(module) is not None and _class_agrees(type(module))
+
+
+@torch.no_grad()
+def _class_agrees(norm: Callable[[int], nn.Module]) -> bool:
+    try:
+        small = norm(_SMALL)
+    except (TypeError, AttributeError):  # made of more than a width
+        return False
+    if rms_norm_eps(small) is None:
+        return False
+    weight_M = small.get_parameter("weight")
+    weight_M.copy_(torch.linspace(0.5, 2.0, _SMALL))
+    return _agree(small, _norm(small, {}))
+
+
+def is_swiglu(module: nn.Module) -> bool:
+    """Whether it has the parts of a SwiGLU feed-forward, and silu for its activation: tried, where it is a
+    function without parameters."""
+    parts = dict(module.named_children()).keys()
+    activation = getattr(module, "act_fn", getattr(module, "activation_fn", None))
+    learned = isinstance(activation, nn.Module) and any(True for _ in activation.parameters())
+    if not callable(activation) or learned or not any(parts >= gated for gated in _GATED):
+        return False
+    x = torch.linspace(-4.0, 4.0, _SMALL)
+    return torch.allclose(activation(x), nn.functional.silu(x))
 
 
 def _norm(module: nn.Module, origins: Origins) -> Forward:

@@ -10,13 +10,20 @@ import pytest
 import torch
 from modules import VOCAB, tiny_module
 from torch.profiler import ProfilerActivity, profile
+from transformers import CONFIG_MAPPING
 
 import lorasmith as ls
 from lorasmith.adapters.dropout import DropoutClock
 from lorasmith.adapters.lora import attach_lora, trainable_parameters
 from lorasmith.batching.loader import training_loader
 from lorasmith.config import TrainConfig
-from lorasmith.memory.estimate import fewest_layers, layers_asked, needed_memory
+from lorasmith.memory.estimate import (
+    activation_widths,
+    adapted_on_meta,
+    fewest_layers,
+    layers_asked,
+    needed_memory,
+)
 from lorasmith.model.checkpointing import activation_checkpointing
 from lorasmith.model.packed import packed
 from lorasmith.testing.texts import random_examples
@@ -75,6 +82,36 @@ def measured(kind: str, targets: Any, recomputed: int, **size: int) -> tuple[int
 def test_the_estimate_is_within_thirty_percent(kind: str, targets: Any, size: str, recomputed: int) -> None:
     told, took = measured(kind, targets, recomputed, **SIZES[size])
     assert 0.7 < told / took < 1.3, (told, took)
+
+
+GENERIC = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+}
+OUTPUTS = 4 * 64 + 2 * 192 + 64
+
+
+@pytest.mark.parametrize(
+    ("kind", "remade"),
+    [
+        ("llama", True),
+        ("gemma", False),  # 1 + weight, gelu
+        ("gemma2", False),  # the same, soft caps
+        ("mistral", False),  # sliding windows
+    ],
+)
+def test_only_our_own_ops_make_again_what_they_read(kind: str, remade: bool) -> None:
+    """By the meta device, which is all that a plan has."""
+    config = ls.LoraConfig(r=2, target_modules="all-linear")
+    model = adapted_on_meta(CONFIG_MAPPING[kind](**GENERIC), config, None)
+    normed_and_products = 2 * 64 + 64 + 192  # read by q, k, v; by gate, up; by o; by down
+    kept = 64 if remade else normed_and_products
+    assert activation_widths(model).layers == (OUTPUTS + kept,) * 2
 
 
 def test_as_few_layers_recompute_as_are_needed() -> None:
