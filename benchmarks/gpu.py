@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py [--layers 32] [--max-tokens 2048] [--contestants ours tutorial trl] [--out FILE]
 
-"ours, fp8" is ours with train.fp8_base. `--max-tokens` is ours: 1024 and 2048 make rows of one length.
+"ours, fp8" is ours with train.fp8_base. `--max-tokens` is ours, and `--static-rows 1` makes all rows so long.
 
 Never run on a GPU yet: no result lies beside it. `--device cpu --shape tiny` only tries the script itself.
 Each contestant runs in a process of its own. tokens/s are those of the rows, without padding, a shared prefix
@@ -69,7 +69,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 ROWS = 16  # of a step
 WARM_UP = 4
 """Steps: all different rows once."""
-OPTIONS = ("device", "shape", "layers", "steps", "max_tokens")
+OPTIONS = ("device", "shape", "layers", "steps", "max_tokens", "static_rows")
 
 
 def main() -> int:
@@ -97,6 +97,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--max-tokens", type=int, default=4096)
+    parser.add_argument("--static-rows", type=int, choices=(0, 1), default=0)
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument("--one", choices=CONTESTANTS, help=argparse.SUPPRESS)
     parser.add_argument("--out")
@@ -202,7 +203,7 @@ def ours(
     tokens, labels = (sum(map(count, batches)) / len(kinds) for count in (_num_tokens, _num_labels))
     computed[:] = [tokens, labels]
     with packed(model, clock) as packed_module, fp8_base(model, enabled=fp8):
-        packed_module.max_tokens = asked.max_tokens
+        packed_module.row_length = asked.max_tokens if asked.static_rows else None
 
         def step(number: int) -> None:
             clock.step = number

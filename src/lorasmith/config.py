@@ -119,8 +119,10 @@ class TrainConfig(Section):
     output_dir: str = Field("", description="Run directory; it is itself a PEFT adapter directory.")
     batch_size: PositiveInt = Field(16, description="Conversations per optimizer step, over all processes.")
     max_tokens: PositiveInt = Field(
-        4096,
-        description="Tokens per forward pass: memory only, never the result; see docs/gpu.md for 1024, 2048.",
+        4096, description="Tokens per forward pass: memory only, never the result."
+    )
+    static_rows: bool = Field(
+        False, description="On a GPU pad every row to max_tokens: one shape, more work; see docs/gpu.md."
     )
     share_prefixes: bool = Field(
         True, description="Compute what conversations of a step have in common once; false: for each."

@@ -250,6 +250,29 @@ def test_what_is_tried_next(room: Room, how: dict[str, int], then: Room | None) 
     assert smaller(room, **how) == then
 
 
+@pytest.mark.parametrize(("static", "before"), [(True, 4096), (False, None)])
+def test_rows_are_static_only_as_long_as_they_fit(static: bool, before: int | None) -> None:
+    """Halved from 4096 to 2048, padding is what goes first."""
+    module, rooms = tiny_module("llama3", torch.float32), []
+    train = TrainConfig(batch_size=24, max_tokens=4096, static_rows=static)
+    with packed(module) as rows, activation_checkpointing(module) as layers:
+        loader = training_loader(ROWS, train, packed=True)
+        fitting = Fitting(loader, train, rows, layers, room=None, told=rooms.append)
+        lengths = [rows.row_length]
+
+        def compute(most: int) -> None:
+            lengths.append(rows.row_length)
+            if most == 4096:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        fitting.step(0, compute, lambda: None)
+        fitting = Fitting(loader, train, rows, layers, room=fitting.room, told=rooms.append)
+        assert [*lengths, rows.row_length] == [before, before, None, None]
+    assert len(rooms) == 1
+    assert rooms[0].recomputed_layers == 0
+    assert (rooms[0].max_tokens == 2048) is static
+
+
 def test_other_errors_are_not_taken_for_it(tmp_path: Path) -> None:
     module = base()
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from modules import KINDS, examples, tiny_module
 from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.models.glm.modeling_glm import GlmRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
@@ -99,14 +100,28 @@ def test_padding_of_a_row_changes_nothing_with_dropout_on(kind, share_prefixes):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "max_tokens", "length"),
+    ("tokens", "row_length", "length"),
     [
-        *((1, None, 128), (128, None, 128), (129, 4096, 256), (700, 512, 768)),
+        *((1, None, 128), (128, None, 128), (129, None, 256), (700, 512, 768), (1, 1000, 1024)),
         *((1, 1024, 1024), (1024, 1024, 1024), (1025, 1024, 1152), (1025, 2048, 2048)),
     ],
 )
-def test_rows_have_few_lengths_on_a_gpu(tokens, max_tokens, length):
-    assert length_on_gpu(tokens, max_tokens) == length
+def test_rows_have_few_lengths_on_a_gpu(tokens, row_length, length):
+    assert length_on_gpu(tokens, row_length) == length
+
+
+def test_padding_has_positions_that_every_model_has():
+    """Learned positions end where the context does, which a padded row may exceed."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    module = GPT2LMHeadModel(GPT2Config(**sizes)).double().eval()
+    [batch] = step_rows(module, examples(4))
+    wide = padded(batch, 256)
+    assert takes_layout(module)
+    assert wide.layout.position_ids.max() == batch.layout.position_ids.max() < 64
+    with torch.no_grad(), packed(module) as rows:
+        own, wider = (float(rows.loss_sum(to_device(some, rows.device))) for some in (batch, wide))
+    assert wider == pytest.approx(own, abs=1e-11)
 
 
 def test_a_row_that_is_long_enough_is_left_alone():

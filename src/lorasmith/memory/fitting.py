@@ -70,7 +70,7 @@ class Fitting:
         self._source, self._config, self._rows, self._layers = source, config, rows, layers
         self._told = told
         self.room = room or Room(config.max_tokens, recomputed_layers=0)
-        rows.max_tokens = self.room.max_tokens
+        rows.row_length = self._row_length()
 
     def begin(self, model: peft.PeftModel, step: int, total_steps: int) -> None:
         """As few layers recompute as the free memory asks for, by the rows of the next steps."""
@@ -119,6 +119,7 @@ class Fitting:
         release_caches(self._rows.device)
         rows, alone = (self._source.step(n, most) for most in (self.room.max_tokens, 0))
         widest, longest = (max(len(batch.input_ids) for batch in some) for some in (rows, alone))
+        widest = max(widest, self._rows.row_length or 0)  # padding goes before layers recompute
         may_recompute = len(self._layers) if self._config.activation_checkpointing == "auto" else 0
         room = smaller(self.room, widest=widest, longest=longest, num_layers=may_recompute)
         if room is None:
@@ -133,8 +134,14 @@ class Fitting:
         self._take(replace(self.room, max_tokens=self.room.max_tokens // 2))
 
     def _take(self, room: Room) -> None:
-        self.room, self._rows.max_tokens = room, room.max_tokens
+        self.room = room
+        self._rows.row_length = self._row_length()
         self._told(room)
+
+    def _row_length(self) -> int | None:
+        """Rows are static as long as the asked `max_tokens` is in force."""
+        asked = self._config.max_tokens
+        return asked if self._config.static_rows and self.room.max_tokens == asked else None
 
 
 def _refuse(what: str, why: str) -> NoReturn:

@@ -40,8 +40,6 @@ _POSITION_WISE = (
 
 _TILE = 128
 """Rows of a tile of cuBLAS's products and of FlexAttention's blocks: a partly filled one costs a full one."""
-_STATIC = (1024, 2048)
-"""Asked for as `max_tokens`, the length of every row on a GPU: rows that fill its multiprocessors."""
 
 
 @dataclass(frozen=True)
@@ -73,25 +71,25 @@ def to_device(batch: Batch, device: torch.device) -> DeviceBatch:
     )
 
 
-def length_on_gpu(tokens: int, max_tokens: int | None) -> int:
-    """What a row of so many tokens is padded to: whole tiles, or one length for all rows where that is asked.
+def length_on_gpu(tokens: int, row_length: int | None) -> int:
+    """What a row of so many tokens is padded to: whole tiles, of `row_length` at least where that is asked.
 
-    A conversation longer than `max_tokens` has a row of its own, of whole tiles.
+    A conversation that is longer has a row of its own.
     """
-    if max_tokens in _STATIC and tokens <= max_tokens:
-        return max_tokens
-    return tokens + -tokens % _TILE
+    least = max(tokens, row_length or 0)
+    return least + -least % _TILE
 
 
 def padded(batch: Batch, length: int) -> Batch:
     """The row with a segment at its end that nobody sees, without label and weight, so that it has `length`.
 
-    Loss, gradients and the other tokens' dropout masks stay as they were.
+    Its positions are 0, which a model with learned ones has, however short its context. Loss, gradients and
+    the other tokens' dropout masks stay as they were.
     """
     layout, missing = batch.layout, length - len(batch.input_ids)
     if missing == 0:
         return batch
-    positions = np.concatenate([layout.position_ids, np.arange(missing)])
+    positions = np.pad(layout.position_ids, (0, missing))
     starts = np.append(layout.starts, layout.starts[-1] + missing)
     return Batch(
         input_ids=np.pad(batch.input_ids, (0, missing)),
@@ -173,8 +171,8 @@ class PackedModule:
         self.clock.token_numbers = None  # the probes of this module count from 0
         self.by_layout = takes_layout(module)
         self.base = base_module(module)
-        self.max_tokens: int | None = None
-        """That rows are made for, as far as it is known; see `length_on_gpu`."""
+        self.row_length: int | None = None
+        """That every row has on a GPU, where one is asked; see `length_on_gpu`."""
         self._head = _plain_head(self.base)
         self._rows: Tensor | None = None
         self._labelled: Tensor | None = None
@@ -191,7 +189,7 @@ class PackedModule:
         """The row as its device computes it: on a GPU padded, so that few lengths occur."""
         if self.device.type != "cuda" or not self.by_layout:
             return batch
-        return padded(batch, length_on_gpu(len(batch.input_ids), self.max_tokens))
+        return padded(batch, length_on_gpu(len(batch.input_ids), self.row_length))
 
     def loss_sum(self, batch: DeviceBatch) -> Tensor:
         """Sum over the labelled positions of weight * -log p(label), a scalar; logits are never all there."""

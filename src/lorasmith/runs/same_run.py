@@ -19,6 +19,7 @@ ROWS_FILE = "rows.json"
 NOT_THE_RESULT = {
     "output_dir",
     "max_tokens",
+    "static_rows",
     "activation_checkpointing",
     "max_skipped_steps",
     "golden_rows",
