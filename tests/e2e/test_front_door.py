@@ -39,7 +39,7 @@ def rows(tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("chat_format", ["official", "tutorial"])
+@pytest.mark.parametrize("chat_format", ["official", pytest.param("tutorial", marks=pytest.mark.slow)])
 def test_the_ten_line_program(tmp_path, rows, family, chat_format):
     if family == "generic" and chat_format == "tutorial":
         pytest.skip("the generic family has no tutorial")

@@ -84,6 +84,7 @@ def test_a_merge(arena: Arena, trouble: str) -> None:
 
 
 @TROUBLES
+@pytest.mark.slow
 def test_a_conversion(arena: Arena, trouble: str) -> None:
     base = arena.root / "baichuan2"
     if not base.exists():

@@ -319,6 +319,7 @@ def test_a_gzip_bomb_is_refused(tmp_path: Path) -> None:
         list(read_records(path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["line", "array", "csv"])
 def test_a_gigabyte_in_one_row_needs_little_memory(tmp_path: Path, layout: str) -> None:
     path = tmp_path / {"line": "rows.jsonl", "array": "rows.json", "csv": "rows.csv"}[layout]

@@ -26,6 +26,7 @@ def test_our_own_pass(tmp_path: Path, name: str) -> None:
     assert len(checked) == (6 if module is None else 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_our_own_pass_with_their_real_vocabularies(shared: Path, tmp_path: Path, name: str) -> None:
     assert check_family(find_family({}, name), real_directory(shared, tmp_path, name))

@@ -21,16 +21,19 @@ def test_small_vocabularies(tmp_path: Path, family: str, name: str) -> None:
     no_special_from_text(make_format(tmp_path, family, name), ROWS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "name"), FORMATS)
 def test_halves_that_meet(tmp_path: Path, family: str, name: str) -> None:
     no_special_from_joined_text(make_format(tmp_path, family, name), ROWS // 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", REAL)
 def test_halves_that_meet_in_real_vocabularies(shared: Path, tmp_path: Path, family: str) -> None:
     no_special_from_joined_text(real_format(shared, tmp_path, family, "official"), ROWS // 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", REAL)
 @pytest.mark.parametrize("name", ["official", "tutorial"])
 def test_real_vocabularies(shared: Path, tmp_path: Path, family: str, name: str) -> None:

@@ -70,6 +70,7 @@ def test_an_honest_run_comes_out_again(tmp_path, base, lora):
     assert content(tmp_path / "run") == before
 
 
+@pytest.mark.slow
 def test_a_run_with_one_checkpoint_is_proved_from_step_0(tmp_path, base):
     fit(base, tmp_path / "run", save_total_limit=1)
     notes = Notes()
@@ -78,6 +79,7 @@ def test_a_run_with_one_checkpoint_is_proved_from_step_0(tmp_path, base):
     assert "steps 1 to 10 reproduced bit by bit: 5 lines of the log" in notes.told[-1]
 
 
+@pytest.mark.slow
 def test_other_windows_of_the_log_are_no_difference(tmp_path, base):
     settings = {"save_total_limit": 1, "logging_steps": 3}
     fit(base, tmp_path / "run", **settings)
@@ -103,6 +105,7 @@ def test_an_edited_number_in_the_log_shows(tmp_path, base):
     assert "number of threads (now " in caught.value.fix
 
 
+@pytest.mark.slow
 def test_a_changed_row_is_refused_and_shows_where_it_is_allowed(tmp_path, base):
     fit(base, tmp_path / "run", save_total_limit=1)
     data = [*examples(14)[:5], *examples(9, seed=3)]

@@ -20,7 +20,7 @@ CELLS = [
         kind,
         lora,
         id=f"{name}-{kind}",
-        marks=[] if (name == "lora" and kind in QUICK) or kind == "llama3" else pytest.mark.slow,
+        marks=[] if name == "lora" and kind in QUICK else pytest.mark.slow,
     )
     for kind in KINDS
     for name, lora in VARIANTS.items()
@@ -82,6 +82,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, kind, lora, passed):
     passed("resume_cells")
 
 
+@pytest.mark.slow
 def test_the_law_can_fail(tmp_path):
     """Negative control: another seed draws other masks, and the bytes differ."""
     directory = save_tiny("llama3", tmp_path / "base")

@@ -39,6 +39,7 @@ def strings(tree: object) -> Iterator[str]:
             yield from strings(value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", TEMPLATES)
 def test_every_text_has_its_ids(shared: Path, tmp_path: Path, family: str) -> None:
     tokenizer = real(shared, tmp_path, family)
@@ -55,6 +56,7 @@ def test_every_text_has_its_ids(shared: Path, tmp_path: Path, family: str) -> No
     assert len(texts) > 10_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", TEMPLATES)
 def test_what_is_decoded_is_what_was_said(shared: Path, tmp_path: Path, family: str) -> None:
     tokenizer = real(shared, tmp_path, family)

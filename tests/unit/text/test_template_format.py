@@ -122,6 +122,7 @@ def test_what_the_template_refuses_names_the_row(tmp_path: Path) -> None:
     assert "System role not supported" in caught.value.why
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("roles", [["user"], ["assistant"], ["system"], [], ["user", "user"]])
 def test_odd_conversations_never_crash(tmp_path: Path, roles: list[Any]) -> None:
     messages = tuple(Message(role, "hm") for role in roles)
