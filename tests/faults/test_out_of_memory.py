@@ -310,7 +310,7 @@ def test_a_real_allocator_that_fails(tmp_path: Path) -> None:
     """The address space is limited, so that torch's own allocator refuses in the middle of the step."""
     tests = str(Path(__file__).resolve().parents[1])
     results = []
-    for name, limit in (("roomy", 0), ("tight", 500 << 20)):
+    for name, limit in (("roomy", 0), ("tight", 620 << 20)):
         run = tmp_path / name
         code = REAL.format(tests=tests, run=str(run), limit=limit, recompute='"auto"')
         command = [sys.executable, "-c", code]
