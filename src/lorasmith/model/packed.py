@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import peft
@@ -119,14 +120,13 @@ def takes_layout(module: nn.Module) -> bool:
         return False
     if next(base.parameters()).is_meta:
         return True
-    kind = (type(base), base.config.to_json_string(use_diff=False))
-    if kind not in _PROVED:
-        _PROVED[kind] = _goes_by_layout(base)
-    return _PROVED[kind]
+    if base not in _TRIED:
+        _TRIED[base] = _goes_by_layout(base)
+    return _TRIED[base]
 
 
-_PROVED: dict[tuple[type[PreTrainedModel], str], bool] = {}
-"""A class and its config decide it, and it costs three small forward passes."""
+_TRIED: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+"""By model, since weights that are zero can hide a mask; a trial costs three small forward passes."""
 
 
 @torch.no_grad()
