@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import os
 from pathlib import Path
 
 import psutil
 import torch
 
 from lorasmith.errors import LorasmithError
+from lorasmith.ops.gemm import NO_PRIMITIVE
 
 _CGROUP = Path("/sys/fs/cgroup")
 """Of version 2: a container's own limit, which the machine's free memory does not show."""
 
 
-_SAID_OF_IT = ("allocate memory", "could not create a primitive")
+_SAID_OF_IT = ("allocate memory", NO_PRIMITIVE)
 """By torch's allocator on a CPU, and by oneDNN, which needs memory for a product of a new shape."""
 
 
@@ -32,6 +35,9 @@ def release_caches(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None  # glibc's own
+    if trim is not None:
+        trim(0)  # what malloc keeps for later is missing where oneDNN maps memory for the code of a product
 
 
 def free_memory(device: torch.device) -> int | None:

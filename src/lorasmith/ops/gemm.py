@@ -28,6 +28,8 @@ _FEW = 1 << 17  # elements of x: below, what oneDNN's call costs (some 25 us) is
 _SKINNY = 64  # a side as short as a LoRA rank: oneDNN is ahead on one thread too
 _STORES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 """oneDNN's store of compiled products, and that of ideep, torch's layer above it: each reads its own."""
+NO_PRIMITIVE = "could not create a primitive"
+"""What oneDNN says where it finds no memory for the code of a product of a new shape."""
 _KEPT = 64
 """Products in each store: those of a few rows of a model, at 0.65 MB each."""
 
@@ -48,10 +50,15 @@ def linear(x: Tensor, w_OD: Tensor, bias_O: Tensor | None = None) -> Tensor:
 
     `w_OD` may be a transposed view: dX = dY @ W is `linear(dY, W.t())`.
     """
-    if _onednn_is_faster(x, w_OD):
+    if not _onednn_is_faster(x, w_OD):
+        return F.linear(x, w_OD, bias_O)
+    try:
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, w_OD, bias_O, "none", [], "")
         return product
-    return F.linear(x, w_OD, bias_O)
+    except RuntimeError as error:
+        if NO_PRIMITIVE not in str(error):
+            raise
+    return F.linear(x, w_OD, bias_O)  # MKL needs no memory for code of its own
 
 
 def _onednn_is_faster(x: Tensor, w_OD: Tensor) -> bool:

@@ -108,3 +108,31 @@ def test_what_the_environment_says_about_the_stores_wins(monkeypatch):
     monkeypatch.setattr(os, "environ", {kept: "7"})
     gemm.bound_product_stores()
     assert os.environ == {kept: "7", ours: str(gemm._KEPT)}
+
+
+NO_ROOM = """
+import resource, torch
+from lorasmith.ops import gemm
+gemm._mkl_is_slow = lambda: True
+torch.set_num_threads(1)
+x, w = torch.randn(600, 256), torch.randn(8, 256)
+known = gemm.linear(x, w)
+assert torch.allclose(torch.nn.functional.linear(x[:577], w), known[:577], atol=1e-4)
+freed = [torch.empty(16_000) for _ in range(200)]  # small ones, which malloc keeps for later
+last = torch.empty(16_000)
+del freed
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size, size))
+try:
+    torch.ops.mkldnn._linear_pointwise(x[:577], w, None, "none", [], "")
+except RuntimeError as error:
+    print(error)
+print(torch.allclose(gemm.linear(x[:577], w), known[:577], atol=1e-4))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of the address space")
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
+def test_without_memory_for_code_the_other_library_multiplies():
+    done = subprocess.run([sys.executable, "-c", NO_ROOM], capture_output=True, text=True, check=False)
+    assert done.stdout.split("\n") == [gemm.NO_PRIMITIVE, "True", ""], done.stderr[-2000:]
