@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import platform
+import signal
 import tempfile
 from collections.abc import Callable
 from datetime import date
@@ -18,6 +19,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # Tests neither read nor fill the user's own cache; one of their own is gone with the process.
 _CACHE = tempfile.TemporaryDirectory(prefix="lorasmith-cache-")
 os.environ["LORASMITH_CACHE"] = _CACHE.name
+
+# What a shell starts in the background ignores Ctrl-C: tests that send one would wait for ever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _SHARED = Path(__file__).resolve().parents[2] / "shared"
 

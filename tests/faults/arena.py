@@ -48,6 +48,12 @@ class Arena:
         assert [p.name for p in list_checkpoints(path)] == ["step-000002", "step-000004"]
         return path
 
+    def cut_in_a_save(self, path: Path) -> Path:
+        """A run that was killed in its second save: a checkpoint, and the remains of another."""
+        nth = save_and_retention(self.calls)[20]
+        assert self.server.run("killed_at", run_dir=path, nth=nth)["ended"] == "killed"
+        return path
+
     def copy_of(self, source: Path) -> Path:
         return shutil.copytree(source, self.new_dir())
 

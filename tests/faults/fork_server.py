@@ -1,7 +1,8 @@
 """A process that loads torch and a tiny model once, and runs each trial in a fork of itself.
 
-As a program it reads one JSON request per line: {"task": name, "args": {...}, "kill_after": seconds or null},
-and answers each with {"ended": "returned" | "raised" | "killed" | "hung", "value": ..., "seconds": float}.
+As a program it reads one JSON request per line: {"task": name, "args": {...}, "send": null or
+[seconds, signal]}, and answers each with {"ended": "returned" | "raised" | "killed" | "hung", "value": ...,
+"seconds": float}.
 One thread only: a fork of a process that has started OpenMP threads waits for them for ever.
 """
 
@@ -43,11 +44,15 @@ class ForkServer:
         assert self._process.stdout is not None
         assert self._process.stdout.readline() == "ready\n", "the fork server did not start"
 
-    def run(self, task: str, *, kill_after: float | None = None, **args: Any) -> dict[str, Any]:
+    def run(
+        self, task: str, *, kill_after: float | None = None, kill_by: int = signal.SIGKILL, **args: Any
+    ) -> dict[str, Any]:
+        """What became of the task, which is sent the signal `kill_by` after so many seconds."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         plain = {key: str(value) if isinstance(value, Path) else value for key, value in args.items()}
-        self._process.stdin.write(json.dumps({"task": task, "args": plain, "kill_after": kill_after}) + "\n")
+        send = None if kill_after is None else (kill_after, int(kill_by))
+        self._process.stdin.write(json.dumps({"task": task, "args": plain, "send": send}) + "\n")
         self._process.stdin.flush()
         answer: dict[str, Any] = json.loads(self._process.stdout.readline())
         assert answer["ended"] != "hung", f"{task} took more than {_LIMIT} s"
@@ -69,11 +74,11 @@ def _serve(base: Path) -> None:
     for line in sys.stdin:
         request = json.loads(line)
         task = getattr(trials, request["task"], None) or getattr(real_disks, request["task"])
-        answer = _forked(task, request["args"], request["kill_after"])
+        answer = _forked(task, request["args"], request["send"])
         print(json.dumps(answer), file=replies, flush=True)
 
 
-def _forked(task: Any, args: dict[str, Any], kill_after: float | None) -> dict[str, Any]:
+def _forked(task: Any, args: dict[str, Any], send: tuple[float, int] | None) -> dict[str, Any]:
     reading, writing = os.pipe()
     started = time.monotonic()
     child = os.fork()
@@ -82,11 +87,10 @@ def _forked(task: Any, args: dict[str, Any], kill_after: float | None) -> dict[s
         _tell(writing, task, args)
         os._exit(0)
     os.close(writing)
-    answer = _answer(reading, child, _LIMIT if kill_after is None else kill_after)
+    signals = [(_LIMIT, int(signal.SIGKILL))]
+    answer = _answer(reading, child, signals if send is None else [send, *signals])
     os.close(reading)
     os.waitpid(child, 0)
-    if answer is None:
-        answer = {"ended": "hung" if kill_after is None else "killed", "value": None}
     return {**answer, "seconds": time.monotonic() - started}
 
 
@@ -100,18 +104,17 @@ def _tell(writing: int, task: Any, args: dict[str, Any]) -> None:
         json.dump(answer, pipe)
 
 
-def _answer(reading: int, child: int, seconds: float) -> dict[str, Any] | None:
-    """None if the time was over first, and the child was killed for it."""
-    deadline, text = time.monotonic() + seconds, b""
-    while True:
-        ready, _, _ = select.select([reading], [], [], max(0.0, deadline - time.monotonic()))
-        if not ready:
-            os.kill(child, signal.SIGKILL)
-            return None
-        chunk = os.read(reading, 65536)
-        if not chunk:
-            return json.loads(text) if text else {"ended": "killed", "value": None}
-        text += chunk
+def _answer(reading: int, child: int, signals: list[tuple[float, int]]) -> dict[str, Any]:
+    """The child gets each signal when its time is over; the last one means that it hangs."""
+    started, text = time.monotonic(), b""
+    for seconds, number in signals:
+        while select.select([reading], [], [], max(0.0, started + seconds - time.monotonic()))[0]:
+            chunk = os.read(reading, 65536)
+            if not chunk:
+                return json.loads(text) if text else {"ended": "killed", "value": None}
+            text += chunk
+        os.kill(child, number)
+    return {"ended": "hung", "value": None}
 
 
 if __name__ == "__main__":

@@ -48,11 +48,10 @@ def test_a_kill_at_every_call_of_a_run(arena: Arena, figures: Figures) -> None:
 @pytest.mark.slow
 def test_a_kill_at_every_call_of_a_resume(arena: Arena, figures: Figures) -> None:
     """From a directory with a checkpoint, a damaged one and the remains of a kill."""
-    nth, faults = 0, {}
+    nth, faults, cut = 0, {}, arena.cut_in_a_save(arena.root / "cut")
     while True:
         nth += 1
-        run_dir = arena.new_dir()
-        arena.server.run("killed_at", run_dir=run_dir, nth=save_and_retention(arena.calls)[20])
+        run_dir = arena.copy_of(cut)
         answer = arena.server.run("killed_at", run_dir=run_dir, nth=nth, resume=True)
         if answer["ended"] == "returned":
             break

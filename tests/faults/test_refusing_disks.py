@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -59,16 +60,37 @@ def test_every_call_of_a_run_may_fail(arena: Arena, figures: Figures) -> None:
     figures("errno_sweep_of_a_run", trials=len(found), survived=len(found))
 
 
-def test_a_limit_of_file_sizes_is_told(arena: Arena) -> None:
+@pytest.mark.slow
+def test_every_call_of_a_resume_may_fail(arena: Arena, figures: Figures) -> None:
+    """From a directory with a checkpoint and the remains of a kill; nothing that was safe before is lost."""
+    cut = arena.cut_in_a_save(arena.root / "cut")
+    found: dict[str, list[str]] = {}
+    for nth in itertools.count(1):
+        name, lasting, run_dir = ERRNOS[nth % len(ERRNOS)], nth % 2 == 1, arena.copy_of(cut)
+        args = {"nth": nth, "number": getattr(errno, name), "lasting": lasting, "resume": True}
+        answer = arena.server.run("failing_at", run_dir=run_dir, **args)
+        if answer["ended"] == "returned" and answer["value"] is False:
+            break
+        faults = faults_of_refusal(answer) + arena.faults(run_dir, at_least=2)
+        found[f"{name} at call {nth}, lasting {lasting}"] = faults
+    assert len(found) > 80
+    assert {trial: faults for trial, faults in found.items() if faults} == {}
+    figures("errno_sweep_of_a_resume", trials=len(found), survived=len(found))
+
+
+@pytest.mark.parametrize("resume", [False, True], ids=["run", "resume"])
+def test_a_limit_of_file_sizes_is_told(arena: Arena, resume: bool) -> None:
     """A real refusal of the kernel, in the middle of a write: EFBIG."""
     run_dir = arena.new_dir()
-    answer = arena.server.run("limited", run_dir=run_dir, limit="RLIMIT_FSIZE", value=8192)
+    if resume:
+        arena.cut_in_a_save(run_dir)
+    answer = arena.server.run("limited", run_dir=run_dir, limit="RLIMIT_FSIZE", value=8192, resume=resume)
     kind, text, code = answer["value"]
     assert (kind, code) == ("StorageError", 7)
     assert "optimizer.safetensors" in text
     assert "File too large" in text
     assert "ulimit -f" in text
-    assert arena.faults(run_dir) == []
+    assert arena.faults(run_dir, at_least=2 if resume else 0) == []
 
 
 def test_no_run_begins_without_the_room_it_needs(arena: Arena) -> None:

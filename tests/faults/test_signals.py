@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from arena import Arena
 from modules import examples, save_tiny
 
 import lorasmith as ls
@@ -23,6 +27,7 @@ from lorasmith.runs.progress import SilentReporter
 from lorasmith.storage import Storage
 from lorasmith.training.signals import stop_requests
 
+Figures = Callable[..., None]
 SIGNALS = {
     signal.SIGINT: (Interrupted, 130),
     signal.SIGTERM: (Terminated, 143),
@@ -94,6 +99,26 @@ def test_a_signal_leaves_a_checkpoint_of_its_step(
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000007"]
     fit(base, tmp_path, resume=True)
     assert (tmp_path / "adapter_model.safetensors").read_bytes() == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_twenty_random_moments(arena: Arena, figures: Figures, number: Any) -> None:
+    """A run that hears of it says which step it saved; one that dies, not listening yet, is as killed."""
+    chance, (kind, code) = random.Random(number), SIGNALS[number]
+    seconds = min(arena.server.run("plain", run_dir=arena.new_dir())["seconds"] for _ in range(3))
+    told = trials = 0
+    while told < 20 and trials < 200:
+        run_dir, moment = arena.new_dir(), chance.uniform(0.1, 1.0) * seconds
+        answer = arena.server.run("plain", kill_after=moment, kill_by=number, run_dir=run_dir)
+        trials, saved = trials + 1, 0
+        if answer["ended"] == "raised" and answer["value"][0] != "KeyboardInterrupt":
+            assert (answer["value"][0], answer["value"][2]) == (kind.__name__, code), answer
+            saved = int(re.findall(r"after step (\d) of 4, which is saved", answer["value"][1])[0])
+            told += 1
+        assert arena.faults(run_dir, at_least=saved) == []
+    assert told == 20
+    figures(f"{number.name}_at_random_moments", trials=trials, told=told, survived=trials)
 
 
 def test_one_request_sent_twice_at_once_is_one(base: Path, tmp_path: Path) -> None:

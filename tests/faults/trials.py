@@ -78,9 +78,13 @@ def load_again() -> None:
     _LOADED["module"] = ls.load_module(str(_LOADED["base"]), dtype="fp32")
 
 
-def act(storage: Storage, run_dir: str, target: str | None, *, resume: bool = False) -> None:
-    """A merge where there is a target, else a run."""
-    if target is not None:
+def act(
+    storage: Storage, run_dir: str, target: str | None = None, *, to: str | None = None, resume: bool = False
+) -> None:
+    """A merge where there is a target, with `to` a conversion of the adapter in `run_dir`; else a run."""
+    if target is not None and to is not None:
+        ls.convert_adapter(run_dir, to=to, output_dir=target, storage=storage)
+    elif target is not None:
         ls.merge(run_dir, base=str(_LOADED["base"]), output_dir=target, storage=storage)
     else:
         _fit(Path(run_dir), storage, resume=resume)
@@ -105,70 +109,53 @@ class DeletedInPlace(Storage):
 _PROTOCOLS = {"ours": Storage, "written_in_place": WrittenInPlace, "deleted_in_place": DeletedInPlace}
 
 
-def plain(run_dir: str, target: str | None = None, *, resume: bool = False) -> None:
-    act(Storage(), run_dir, target, resume=resume)
+def plain(**what: Any) -> None:
+    act(Storage(), **what)
 
 
 def trusting(run_dir: str, *, resume: bool = False) -> None:
     """A resume that asks no manifest."""
     checkpoint.damage = manifest.damage = lambda path, **_: None
-    act(Storage(), run_dir, None, resume=resume)
+    act(Storage(), run_dir, resume=resume)
 
 
 def clock_steps(run_dir: str, *, resume: bool = False) -> None:
     """The wall clock jumps at every look: an hour back, then a year forward."""
     real, jumps = time.time, itertools.cycle((-3600.0, 365 * 86400.0, -1e9))
     time.time = lambda: real() + next(jumps)
-    act(Storage(), run_dir, None, resume=resume)
+    act(Storage(), run_dir, resume=resume)
 
 
-def limited(run_dir: str, limit: str, value: int, target: str | None = None, *, resume: bool = False) -> None:
+def limited(limit: str, value: int, **what: Any) -> None:
     """Under a real limit of the kernel, by its name in `resource`."""
     resource.setrlimit(getattr(resource, limit), (value, value))
-    act(Storage(), run_dir, target, resume=resume)
+    act(Storage(), **what)
 
 
 def small_disk(run_dir: str, free: int, generous: int) -> None:
-    act(Storage(SmallDisk(free, generous)), run_dir, None)
+    act(Storage(SmallDisk(free, generous)), run_dir)
 
 
 def unlocked(run_dir: str, *, resume: bool = False) -> None:
     """A run that asks for no lock."""
     lock.run_lock = lambda *_: contextlib.nullcontext()
-    act(Storage(), run_dir, None, resume=resume)
+    act(Storage(), run_dir, resume=resume)
 
 
-def killed_at(
-    run_dir: str, nth: int, target: str | None = None, *, resume: bool = False, protocol: str = "ours"
-) -> None:
-    act(_PROTOCOLS[protocol](DyingDisk(nth)), run_dir, target, resume=resume)
+def killed_at(nth: int, protocol: str = "ours", **what: Any) -> None:
+    act(_PROTOCOLS[protocol](DyingDisk(nth)), **what)
 
 
-def failing_at(
-    run_dir: str,
-    nth: int,
-    number: int,
-    target: str | None = None,
-    *,
-    lasting: bool = False,
-    resume: bool = False,
-) -> bool:
+def failing_at(nth: int, number: int, *, lasting: bool = False, **what: Any) -> bool:
     """Whether the fault came at all, if nothing was raised."""
     disk = FailingDisk(nth, number, lasting=lasting)
-    act(Storage(disk), run_dir, target, resume=resume)
+    act(Storage(disk), **what)
     return disk.count >= nth
 
 
-def recorded(
-    run_dir: str,
-    calls_file: str,
-    target: str | None = None,
-    *,
-    unsynced: str | None = None,
-    protocol: str = "ours",
-) -> None:
+def recorded(calls_file: str, *, unsynced: str | None = None, protocol: str = "ours", **what: Any) -> None:
     disk = RecordingDisk(unsynced)
-    act(_PROTOCOLS[protocol](disk), run_dir, target)
+    act(_PROTOCOLS[protocol](disk), **what)
     Path(calls_file).write_bytes(pickle.dumps(disk.calls))
 
 
