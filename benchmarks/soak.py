@@ -1,6 +1,7 @@
 """Does a long run grow? Resident memory, open files and threads over 2,000 steps of a tiny model.
 
-With checkpoints, held-out evaluations and logging as in a real run. Writes soak.json and soak.png.
+With checkpoints and logging as in a real run: looked at before each save, which gives back what malloc kept,
+and after the step that follows it. Writes soak.json and soak.png.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ import lorasmith as ls
 from lorasmith.runs.progress import SilentReporter
 from lorasmith.types import Example
 
-EVERY = 50
+SAVE_STEPS = 100
 VOCABULARY = 512
 
 
 class Watch(SilentReporter):
-    """Looks at its own process every so many steps."""
+    """Looks at its own process around each save."""
 
     def __init__(self) -> None:
         self.seen: list[dict[str, float]] = []
         self._process = psutil.Process()
 
     def advance(self, step: int) -> None:
-        if step % EVERY == 0:
+        if step % SAVE_STEPS in (0, 1) and step > 1:
             self.seen.append(
                 {
                     "step": step,
@@ -67,7 +68,7 @@ def soak(steps: int) -> list[dict[str, float]]:
     with tempfile.TemporaryDirectory() as folder:
         LlamaForCausalLM(config).save_pretrained(f"{folder}/base")
         train = ls.TrainConfig(
-            max_steps=steps, num_epochs=steps, batch_size=8, save_steps=100, logging_steps=10
+            max_steps=steps, num_epochs=steps, batch_size=8, save_steps=SAVE_STEPS, logging_steps=10
         )
         lora = ls.LoraConfig(r=4, lora_dropout=0.1)
         module = ls.load_module(f"{folder}/base", dtype="fp32")
@@ -82,11 +83,14 @@ def draw(seen: list[dict[str, float]], path: Path) -> None:
         {"memory_mb": "resident memory, MB", "files": "open files", "threads": "threads"}.items(),
         strict=True,
     ):
-        axes.plot([at["step"] for at in seen], [at[key] for at in seen], color="#1f4e8c")
+        for after, color, label in ((0, "#9db8d6", "before a save"), (1, "#1f4e8c", "after it")):
+            some = [at for at in seen if at["step"] % SAVE_STEPS == after]
+            axes.plot([at["step"] for at in some], [at[key] for at in some], color=color, label=label)
         axes.set_ylim(0, 1.3 * max(at[key] for at in seen))
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("step")
         axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].legend(frameon=False, fontsize=8, loc="lower right")
     figure.savefig(path, dpi=120)
 
 
@@ -99,9 +103,11 @@ def main() -> None:
     told = {"date": str(date.today()), "machine": platform.machine(), "steps": asked.steps, "seen": seen}
     asked.out.write_text(json.dumps(told, indent=1) + "\n")
     draw(seen, asked.out.with_suffix(".png"))
-    for at in (seen[0], seen[len(seen) // 2], seen[-1]):
-        told = f"{at['memory_mb']:7.1f} MB  {at['files']:3.0f} files  {at['threads']:3.0f} threads"
-        print(f"step {at['step']:5.0f}  {told}")
+    for after, name in ((0, "before"), (1, "after")):
+        late = [at for at in seen[len(seen) // 2 :] if at["step"] % SAVE_STEPS == after]
+        slope = np.polyfit([at["step"] for at in late], [at["memory_mb"] for at in late], 1)[0] * 1000
+        print(f"{name} saves: {late[-1]['memory_mb']:.1f} MB at the end, {slope:+.2f} MB per 1,000 steps")
+    print(f"files {sorted({at['files'] for at in seen})}, threads {sorted({at['threads'] for at in seen})}")
 
 
 if __name__ == "__main__":

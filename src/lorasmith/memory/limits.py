@@ -35,9 +35,18 @@ def release_caches(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None  # glibc's own
+    trim_heap()
+
+
+def trim_heap() -> None:
+    """Let glibc give back the pages that malloc keeps for later; with another libc nothing happens.
+
+    Rows of changing length leave holes, so a long run's resident memory would grow though what it uses does
+    not; and oneDNN, which maps memory for the code of its products, finds none where malloc holds it all.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
-        trim(0)  # what malloc keeps for later is missing where oneDNN maps memory for the code of a product
+        trim(0)
 
 
 def free_memory(device: torch.device) -> int | None:

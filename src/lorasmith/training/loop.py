@@ -19,6 +19,7 @@ from lorasmith.batching.source import StepSource
 from lorasmith.config import TrainConfig
 from lorasmith.errors import DivergedError, Interrupted
 from lorasmith.memory.fitting import Fitting, Room
+from lorasmith.memory.limits import trim_heap
 from lorasmith.model.checkpointing import activation_checkpointing
 from lorasmith.model.fp8 import fp8_base
 from lorasmith.model.packed import PackedModule, packed
@@ -314,6 +315,7 @@ class Fit:
         require_finite_adapter(self.parameters, self.state.step)
         save_checkpoint(self.storage, self.run_dir, self.state, self.model, self.optimizer, self.initial)
         prune(self.storage, self.run_dir, self.config.save_total_limit, self.state.best_step)
+        trim_heap()
         self._window_start += time.monotonic() - started
 
     def _publish(self) -> None:
