@@ -39,6 +39,7 @@ def staged(storage: Storage, target: Path, *, needed: int = 0) -> Iterator[Path]
     try:
         with told(target), _held(temporary), _io_errors():
             yield temporary
+            _open_to_whom_it_may(temporary)
             storage.sync_tree(temporary)
             storage.rename(temporary, target)
         storage.sync_dir(target.parent)
@@ -65,6 +66,15 @@ def keep_golden(storage: Storage, source: Path, folder: Path) -> None:
     path = source / GOLDEN_FILE
     if path.is_file() and path.stat().st_size <= LARGEST_JSON:
         storage.create(folder / GOLDEN_FILE, path.read_bytes())
+
+
+def _open_to_whom_it_may(directory: Path) -> None:
+    """safetensors writes for the owner alone, as temporary files are; the umask, which the directory shows,
+    says who else may read."""
+    allowed = directory.stat().st_mode & 0o666
+    for path in directory.rglob("*"):
+        if path.is_file():
+            path.chmod(allowed)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,19 @@ def test_an_empty_directory_is_filled(tmp_path: Path) -> None:
     _, adapter = base_and_adapter(tmp_path, "llama3")
     (tmp_path / "merged").mkdir()
     assert (ls.merge(adapter, output_dir=tmp_path / "merged") / "config.json").exists()
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_all_files_are_open_to_whom_the_umask_allows(tmp_path: Path, umask: int, mode: int) -> None:
+    _, adapter = base_and_adapter(tmp_path, "llama3")
+    before = os.umask(umask)
+    try:
+        merged = ls.merge(adapter, output_dir=tmp_path / "merged")
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in merged.iterdir()} == {
+        path.name: mode for path in merged.iterdir()
+    }
 
 
 def test_a_merge_that_went_wrong_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
