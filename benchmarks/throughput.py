@@ -18,12 +18,21 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from throughput_cases import NEEDS, SHAPES, pad_id, write_model, write_rows
-from throughput_jobs import BY_NAME, CONTESTANTS, SHARES_PREFIXES, Contestant, Setting, run
+from throughput_jobs import (
+    BY_NAME,
+    CONTESTANTS,
+    PACKING_SETTINGS,
+    SHARES_PREFIXES,
+    Contestant,
+    Setting,
+    run,
+)
 from throughput_report import best_rate, draw, medians, misses, summary, table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,6 +53,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         setting = _prepare(asked, Path(scratch))
         dtype = asked.dtype if asked.dtype != "auto" else faster_dtype(setting)
+        searched: dict[str, list[dict[str, Any]]] = {}
+        if asked.search:
+            chosen = [_at_its_best(c, setting, dtype, searched) for c in chosen]
         rounds, gemms = _rounds(setting, chosen, dtype, asked.rounds)
         loss_before = run(LOSS_BEFORE, setting, dtype)["loss"]
     results = {c.name: medians(rounds[c.name]) for c in chosen}
@@ -53,6 +65,7 @@ def main() -> int:
         **_circumstances(asked, dtype),
         "shape_title": SHAPES[asked.shape].title,
         "options": {c.name: dict(c.options) for c in chosen},
+        "searched": searched,
         "summary": told,
         "gemm": gemm,
         "results": results,
@@ -81,6 +94,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--warm-up", type=int, default=1, help="optimizer steps before those")
     parser.add_argument("--num-rows", type=int, default=128)
     parser.add_argument("--contestants", default="all", help="comma-separated: " + ", ".join(BY_NAME))
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="try settings of the trainers that pack first; the fastest it is",
+    )
     parser.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto")
     parser.add_argument("--threads", type=int, help="for every contestant; torch's own choice without it")
     parser.add_argument("--seed", type=int, default=0)
@@ -143,6 +161,24 @@ def faster_dtype(setting: Setting) -> str:
         for dtype in ("fp32", "bf16")
     }
     return max(speed, key=lambda dtype: speed[dtype])
+
+
+def _at_its_best(
+    contestant: Contestant, setting: Setting, dtype: str, searched: dict[str, list[dict[str, Any]]]
+) -> Contestant:
+    """A trainer that packs, with the settings that were the fastest over two timed steps."""
+    if contestant.environment == "own":
+        return contestant
+    tried = searched[contestant.name] = []
+    for options in PACKING_SETTINGS:
+        result = run(replace(contestant, options=options), setting, dtype, steps=setting.warm_up + 2)
+        tried.append({**options, "tokens_per_second": result["tokens_per_second"]})
+        print(
+            f"search  {contestant.title:35} {result['tokens_per_second']:9,.1f} tokens/s  {options}",
+            flush=True,
+        )
+    fastest = max(range(len(tried)), key=lambda n: tried[n]["tokens_per_second"])
+    return replace(contestant, options=PACKING_SETTINGS[fastest])
 
 
 def _rounds(

@@ -29,10 +29,18 @@ class Contestant:
     """Which Python runs it: "own" (this one), "trl" or "llamafactory"."""
 
 
+PACKING_SETTINGS: tuple[Mapping[str, Any], ...] = (
+    {"packs": 1, "accumulate": 1, "attention": "sdpa"},
+    {"packs": 2, "accumulate": 1, "attention": "sdpa"},
+    {"packs": 1, "accumulate": 2, "attention": "sdpa"},
+    {"packs": 1, "accumulate": 1, "attention": "eager"},
+)
+"""What --search tries for a trainer that packs; without it, the first: 16 rows of a step in one pack."""
+
+
 def _packing(peer: str, title: str) -> Contestant:
     """A trainer that packs rows by itself, in an environment of its own."""
-    options = {"packs": 1, "accumulate": 1, "attention": "sdpa"}
-    return Contestant(peer, title, f"{peer}_packing.py", options, environment=peer)
+    return Contestant(peer, title, f"{peer}_packing.py", PACKING_SETTINGS[0], environment=peer)
 
 
 def _ours(name: str, title: str, *, share_prefixes: bool) -> Contestant:

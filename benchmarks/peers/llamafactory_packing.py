@@ -77,7 +77,7 @@ def _arguments(job: Job) -> dict[str, Any]:
         "cutoff_len": -(-length // 8) * 8,  # its collator pads ids to multiples of 8, and positions not
         "packing": True,
         "neat_packing": True,
-        "flash_attn": job.options["attention"],
+        "flash_attn": {"eager": "disabled"}.get(job.options["attention"], job.options["attention"]),
         "disable_gradient_checkpointing": True,
         "disable_shuffling": True,
         "overwrite_cache": True,
