@@ -20,6 +20,7 @@ from lorasmith.model.plugin_classes import family_config
 _AGAIN = "`lorasmith download` fetches what is missing; a directory of your own: copy it again"
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
+_LONGEST_NAME = 255  # bytes, on Linux; elsewhere it is no more
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -90,8 +91,9 @@ def _indexed(tree: Mapping[str, Any], path: Path) -> dict[str, set[str]]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise SetupError(f"{path.name} names no weights", where=str(path), fix=_AGAIN)
     for tensor, shard in weight_map.items():
-        if Path(str(shard)).name != shard:
-            raise SetupError(f"{path.name} names a file elsewhere", where=str(path), why=repr(shard))
+        if Path(str(shard)).name != shard or len(shard.encode(errors="replace")) > _LONGEST_NAME:
+            why = repr(shard)[:100]
+            raise SetupError(f"{path.name} names what is no file of its directory", where=str(path), why=why)
         shards.setdefault(shard, set()).add(tensor)
     return shards
 

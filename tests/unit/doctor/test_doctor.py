@@ -189,7 +189,16 @@ def test_a_shard_of_another_download_is_told(model: Path) -> None:
     assert "tensors of the index" in model_files.weights_check(model).found
 
 
-@pytest.mark.parametrize("text", ['{"weight_map": {}}', '{"weight_map": {"a": "../../etc/passwd"}}', "["])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"weight_map": {}}',
+        '{"weight_map": {"a": "../../etc/passwd"}}',
+        f'{{"weight_map": {{"a": "{"好" * 86}"}}}}',
+        "[",
+    ],
+    ids=["empty", "elsewhere", "a name of 258 bytes", "cut short"],
+)
 def test_an_index_that_is_none_is_told(model: Path, text: str) -> None:
     (model / "model.safetensors.index.json").write_text(text)
     (found,) = guarded("weights", lambda: model_files.weights_check(model))
