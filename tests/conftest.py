@@ -13,6 +13,7 @@ from datetime import date
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Tiny tensors: more threads only wait for each other. Before torch is loaded, and for every subprocess too.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -22,6 +23,11 @@ os.environ["LORASMITH_CACHE"] = _CACHE.name
 
 # What a shell starts in the background ignores Ctrl-C: tests that send one would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# A suite passes or fails by the code alone. HYPOTHESIS_PROFILE=fresh draws other cases each time.
+settings.register_profile("repeatable", derandomize=True, database=None)
+settings.register_profile("fresh", database=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 _SHARED = Path(__file__).resolve().parents[2] / "shared"
 

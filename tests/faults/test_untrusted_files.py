@@ -48,7 +48,7 @@ def bounded_memory() -> Iterator[None]:
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < _MOST_GROWTH
 
 
-def try_many(place: Path, name: str, count: int, *, seeded: bool) -> Counter[str]:
+def try_many(place: Path, name: str, count: int) -> Counter[str]:
     """How often each end came."""
     reader, ends = (READERS | SLOW_READERS)[name], Counter[str]()
     path = place / reader.file
@@ -56,7 +56,6 @@ def try_many(place: Path, name: str, count: int, *, seeded: bool) -> Counter[str
     @settings(
         max_examples=count,
         deadline=None,
-        derandomize=seeded,
         database=None,
         suppress_health_check=list(HealthCheck),
         phases=[Phase.generate, Phase.shrink],
@@ -83,7 +82,7 @@ def test_a_good_file_is_read(place: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", READERS)
 def test_dozens_of_files_for_each_reader(place: Path, name: str) -> None:
-    ends = try_many(place, name, 40, seeded=True)
+    ends = try_many(place, name, 40)
     assert sum(ends.values()) >= 40
 
 
@@ -124,7 +123,7 @@ TELL_IN_WORDS = {"shard", "manifest", "state"}
 @pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
 def test_a_thousand_files_for_each_reader(place: Path, name: str) -> None:
-    ends = try_many(place, name, 1000, seeded=False)
+    ends = try_many(place, name, 1000)
     assert sum(ends.values()) >= 1000
 
 
@@ -132,13 +131,11 @@ def test_a_thousand_files_for_each_reader(place: Path, name: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", SLOW_READERS)
 def test_hundreds_of_files_for_what_libraries_read(place: Path, name: str) -> None:
-    ends = try_many(place, name, 300, seeded=False)
+    ends = try_many(place, name, 300)
     assert sum(ends.values()) >= 300
 
 
-@settings(
-    max_examples=150, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-)
+@settings(max_examples=150, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(content=tensor_files())
 def test_what_we_read_of_a_header_the_library_reads_too(place: Path, content: bytes) -> None:
     path = place / "differential.safetensors"
