@@ -43,8 +43,8 @@ def lora_linear(
     """
     if not torch.is_grad_enabled():  # a token of generation would spend a third of its time in autograd
         return _forward(x, w_OD, bias_O, a_RD, b_OR, scaling, mask)[0]
-    inputs = (x, w_OD, bias_O, a_RD, b_OR, scaling, mask, normed)
-    y: Tensor = _LoraLinear.apply(*inputs)  # type: ignore[no-untyped-call]
+    operands = (w_OD, bias_O, a_RD, b_OR, scaling, mask, normed)
+    y: Tensor = _LoraLinear.apply(*operands, x)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -81,16 +81,17 @@ def swiglu_lora_linear(
     """
     if not torch.is_grad_enabled():
         return _forward(swiglu_value(gate, up), w_OD, bias_O, a_RD, b_OR, scaling, mask)[0]
-    inputs = (gate, up, w_OD, bias_O, a_RD, b_OR, scaling, mask)
-    y: Tensor = _SwiGluLoraLinear.apply(*inputs)  # type: ignore[no-untyped-call]
+    operands = (w_OD, bias_O, a_RD, b_OR, scaling, mask, None)
+    y: Tensor = _LoraLinear.apply(*operands, gate, up)  # type: ignore[no-untyped-call]
     return y
 
 
 class _LoraLinear(torch.autograd.Function):
+    """Its inputs are x, or the gate and up of which x is the SwiGLU."""
+
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
         w_OD: Tensor,
         bias_O: Tensor | None,
         a_RD: Tensor,
@@ -98,9 +99,11 @@ class _LoraLinear(torch.autograd.Function):
         scaling: float,
         mask: DropoutMask | None,
         normed: Normed | None,
+        *inputs: Tensor,
     ) -> Tensor:
+        x = _entering(inputs)
         y, low_NR = _forward(x, w_OD, bias_O, a_RD, b_OR, scaling, mask)
-        kept = [x] if normed is None else [normed.x_TD, normed.weight_D, normed.rstd]
+        kept = inputs if normed is None else (normed.x_TD, normed.weight_D, normed.rstd)
         ctx.save_for_backward(low_NR, w_OD, a_RD, b_OR, *kept)
         ctx.mask, ctx.scale, ctx.remade = mask, _scale(scaling, mask), None
         if normed is not None:
@@ -112,41 +115,22 @@ class _LoraLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         low_NR, w_OD, a_RD, b_OR, *kept = ctx.saved_tensors
-        x = kept[0] if ctx.remade is None else ctx.remade.take(*kept)
-        needs = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
+        _, _, needs_a, needs_b, _, _, _, *needs_inputs = ctx.needs_input_grad
+        x = _entering(kept) if ctx.remade is None else ctx.remade.take(*kept)
+        needs = any(needs_inputs), needs_a, needs_b
         dx, da_RD, db_OR = _gradients(
             dy, x, low_NR, w_OD, a_RD, b_OR, scale=ctx.scale, mask=ctx.mask, needs=needs
         )
-        return dx, None, None, da_RD, db_OR, None, None, None
+        dinputs: Sequence[Tensor | None] = (dx,)
+        if len(needs_inputs) == 2:
+            gate, up = kept
+            dinputs = (None, None) if dx is None else swiglu_gradients(dx, gate, up, needs_inputs)
+        return None, None, da_RD, db_OR, None, None, None, *dinputs
 
 
-class _SwiGluLoraLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        gate: Tensor,
-        up: Tensor,
-        w_OD: Tensor,
-        bias_O: Tensor | None,
-        a_RD: Tensor,
-        b_OR: Tensor,
-        scaling: float,
-        mask: DropoutMask | None,
-    ) -> Tensor:
-        y, low_NR = _forward(swiglu_value(gate, up), w_OD, bias_O, a_RD, b_OR, scaling, mask)
-        ctx.save_for_backward(gate, up, low_NR, w_OD, a_RD, b_OR)
-        ctx.mask, ctx.scale = mask, _scale(scaling, mask)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up, *others = ctx.saved_tensors
-        needs = [any(ctx.needs_input_grad[:2]), *ctx.needs_input_grad[4:6]]
-        x = swiglu_value(gate, up)
-        dx, da_RD, db_OR = _gradients(dy, x, *others, scale=ctx.scale, mask=ctx.mask, needs=needs)
-        dgate, dup = (None, None) if dx is None else swiglu_gradients(dx, gate, up, ctx.needs_input_grad[:2])
-        return dgate, dup, None, None, da_RD, db_OR, None, None
+def _entering(inputs: Sequence[Tensor]) -> Tensor:
+    """x itself, or the SwiGLU of gate and up."""
+    return inputs[0] if len(inputs) == 1 else swiglu_value(*inputs)
 
 
 def _forward(
