@@ -23,7 +23,7 @@ from lorasmith.model.load import empty_module
 from lorasmith.model.packed import takes_layout
 from lorasmith.types import IGNORE_INDEX, Batch
 
-_CPU_TILE, _GPU_TILE = 2 << 20, 256 << 20
+_CPU_TILE, _GPU_TILE = 6 << 20, 256 << 20
 """Bytes of logits at a time, as `ops.cross_entropy` cuts them."""
 _MARGIN = 1.25
 """What is needed may be so much more than the estimate: it is checked to 30 %."""
