@@ -44,9 +44,9 @@ def levers(told: Told) -> Iterator[str]:
     """What a step takes without the lever, and over one with all of them."""
     whole = next(row for row in told["results"] if row["lever"] == ALL_ON)
     for row in told["results"]:
-        slower, larger = row["seconds"] / whole["seconds"], row["peak_bytes"] / whole["peak_bytes"]
-        peak = row["peak_bytes"] / 1e6
-        yield f"| {row['lever']} | {row['seconds']:.2f} s | {slower:.2f} | {peak:,.0f} MB | {larger:.2f} |"
+        peak, larger = row["peak_bytes"] / 1e6, row["peak_bytes"] / whole["peak_bytes"]
+        took = f"{row['seconds']:.2f} s | {row['times']:.2f}"
+        yield f"| {row['lever']} | {took} | {peak:,.0f} MB | {larger:.2f} |"
 
 
 def ops(told: Told) -> Iterator[str]:
@@ -71,6 +71,9 @@ def startup(told: Told) -> Iterator[str]:
 
 TABLES: dict[str, Callable[[Told], Iterator[str]]] = {
     "throughput": throughput,
+    "throughput-chatglm3-160m": throughput,
+    "throughput-transnormer-160m": throughput,
+    "throughput-qwen2.5-0.5b": throughput,
     "generation": generation,
     "data_scale": data_scale,
     "levers": levers,
