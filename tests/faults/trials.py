@@ -52,10 +52,12 @@ def _picture(storage: Storage, run_dir: Path, metrics: Any) -> None:
     storage.replace(run_dir / "loss.png", b"picture")
 
 
-def _fit(run_dir: Path, storage: Storage, *, resume: bool = False) -> None:
+def _fit(
+    run_dir: Path, storage: Storage, *, resume: bool = False, data: Dataset | None = None, **train: Any
+) -> None:
     ls.train(
         _LOADED["module"],
-        _LOADED["data"],
+        _LOADED["data"] if data is None else data,
         output_dir=run_dir,
         lora=ls.LoraConfig(r=2, lora_dropout=0.2),
         train=ls.TrainConfig(
@@ -66,6 +68,7 @@ def _fit(run_dir: Path, storage: Storage, *, resume: bool = False) -> None:
             save_total_limit=1,
             logging_steps=1,
             learning_rate=1e-2,
+            **train,
         ),
         resume=resume,
         reporter=SilentReporter(),
@@ -163,30 +166,14 @@ def evaluated(run_dir: str, nth: int = 0, *, resume: bool = False) -> None:
     """A run with an evaluation before its first step and after each, killed in the `nth` of them."""
     rows, passes = examples(10), itertools.count()
     data = Dataset(tuple(rows[:6]), (), tuple(rows[6:]), (), report=None, config=ls.DataConfig())
-    module = _LOADED["module"]
 
     def kill(part: Any, inputs: Any, out: torch.Tensor) -> None:
         """Of the last layer's: what `packed` tries is shorter than any row."""
         if not part.training and out.shape[1] > 7 and next(passes) == nth - 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    module.model.layers[-1].register_forward_hook(kill)
-    ls.train(
-        module,
-        data,
-        output_dir=run_dir,
-        lora=ls.LoraConfig(r=2, lora_dropout=0.2),
-        train=ls.TrainConfig(
-            num_epochs=STEPS,
-            max_steps=STEPS,
-            batch_size=3,
-            save_steps=SAVE_STEPS,
-            eval_steps=1,
-            logging_steps=1,
-        ),
-        resume=resume,
-        reporter=SilentReporter(),
-    )
+    _LOADED["module"].model.layers[-1].register_forward_hook(kill)
+    _fit(Path(run_dir), Storage(), resume=resume, data=data, eval_steps=1)
 
 
 def as_nobody(run_dir: str, base: str, target: str | None = None) -> None:
