@@ -39,7 +39,7 @@ def staged(storage: Storage, target: Path, *, needed: int = 0) -> Iterator[Path]
     try:
         with told(target), _held(temporary), _io_errors():
             yield temporary
-            _open_to_whom_it_may(temporary)
+            _apply_umask(temporary)
             storage.sync_tree(temporary)
             storage.rename(temporary, target)
         storage.sync_dir(target.parent)
@@ -68,7 +68,7 @@ def keep_golden(storage: Storage, source: Path, folder: Path) -> None:
         storage.create(folder / GOLDEN_FILE, path.read_bytes())
 
 
-def _open_to_whom_it_may(directory: Path) -> None:
+def _apply_umask(directory: Path) -> None:
     """safetensors writes for the owner alone, as temporary files are; the umask, which the directory shows,
     says who else may read."""
     allowed = directory.stat().st_mode & 0o666

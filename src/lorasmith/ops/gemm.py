@@ -6,7 +6,7 @@ thread, or for a small x, MKL is ahead.
 
 The choice is a rule over what is known before the call (the processor's maker, the number of threads, dtype
 and shape), not a stopwatch: two processes of one machine always choose alike, so a resumed run stays bitwise
-the uninterrupted one.
+the uninterrupted one. Only where oneDNN finds no memory for a product's code does MKL stand in for it.
 
 Shapes: N = rows, D = input features, O = output features.
 """
