@@ -75,6 +75,29 @@ def test_the_command_line_tells_it_before_it_looks_at_a_model(tmp_path: Path) ->
     assert "Traceback" not in done.stderr
 
 
+def test_every_process_of_a_launcher_refuses_before_anything_is_written(tmp_path: Path) -> None:
+    train = ["-m", "lorasmith", "train", "--model", "nowhere", "--data", "none.jsonl", "--output-dir", "run"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+    done = subprocess.run([*launcher, *train], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert done.returncode != 0
+    assert "error: started as one of 2 processes, and a run is one process on one device\n" in done.stderr
+    assert "  do:    start it without the launcher" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("launched", "refused"), [("2", True), ("1", False), ("", False), ("many", False)])
+def test_a_program_of_its_own_is_refused_as_a_rank_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launched: str, refused: bool
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", launched)
+    if refused:
+        with pytest.raises(SetupError, match="started as one of 2 processes"):
+            take(tmp_path)
+    else:
+        take(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_it_is_given_back_with_every_error(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), run_lock(Storage(), tmp_path, SilentReporter()):
         raise KeyboardInterrupt

@@ -32,8 +32,10 @@ _NO_LOCKS_HERE = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
 def run_lock(storage: Storage, run_dir: Path, reporter: Reporter) -> Iterator[None]:
     """Hold the directory for the block, and make it. For what writes there, not for what reads.
 
-    Raises: SetupError naming the process that holds it; ConfigError if it is a file; StorageError.
+    Raises: SetupError naming the process that holds it, or the number of processes of a launcher; ConfigError
+    if it is a file; StorageError.
     """
+    _refuse_ranks()
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError("train.output_dir is a file", where=str(run_dir), fix="name a directory")
     is_new = not run_dir.exists()
@@ -57,9 +59,23 @@ def run_lock(storage: Storage, run_dir: Path, reporter: Reporter) -> Iterator[No
 
 def refuse_if_locked(run_dir: Path) -> None:
     """For a first look, before anything is read or loaded. Raises: SetupError as `run_lock`."""
+    _refuse_ranks()
     holder = lock_holder(run_dir)
     if holder is not None:
         raise _held_by(holder, run_dir / LOCK_FILE)
+
+
+def _refuse_ranks() -> None:
+    """Each would train alone, on the same rows: in a directory of its own, or in the way of the others."""
+    launched = os.environ.get("WORLD_SIZE", "")
+    if launched.isdecimal() and int(launched) > 1:
+        raise SetupError(
+            f"started as one of {launched} processes, and a run is one process on one device",
+            where="WORLD_SIZE, which torchrun, accelerate and deepspeed set",
+            why="there is no data-parallel training: every process would train the whole run by itself",
+            fix="start it without the launcher; for several runs at once, each in its own train.output_dir, "
+            "unset WORLD_SIZE",
+        )
 
 
 def lock_holder(run_dir: Path) -> bytes | None:
