@@ -69,16 +69,19 @@ def plan(config: RunConfig) -> Plan:
     from lorasmith.model.checkpointing import decoder_layers
     from lorasmith.model.dtype import DTYPE_NAMES, resolve_device, resolve_dtype
     from lorasmith.model.load import hidden_size
-    from lorasmith.model.packed import takes_layout
+    from lorasmith.model.packed import as_computed, takes_layout
     from lorasmith.training.loop import total_steps
 
     prepared = _prepare(config, rejects_path=None)
     model = _adapted_on_meta(prepared, config.lora)
-    loader = training_loader(prepared.data.examples, config.train, packed=takes_layout(model))
+    by_layout = takes_layout(model)
+    loader = training_loader(prepared.data.examples, config.train, packed=by_layout)
     rows = [batch for n in range(min(50, loader.steps_per_epoch)) for batch in loader.step(n)]
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(config.model.dtype, device, hidden_size(model.get_base_model().config))
-    needed = needed_memory(model, rows, dtype, device, fp8_base=config.train.fp8_base)
+    length = config.train.max_tokens if config.train.static_rows else None
+    computed = [as_computed(row, device, length) for row in rows] if by_layout else rows
+    needed = needed_memory(model, computed, dtype, device, fp8_base=config.train.fp8_base)
     free = free_memory(device)
     layers = layers_asked(model, config.train.activation_checkpointing, free, lambda n: needed(n).total)
     return Plan(

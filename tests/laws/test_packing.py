@@ -18,7 +18,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 import lorasmith as ls
 from lorasmith.batching.pack import pack
 from lorasmith.evaluation.loss import held_out_loss
-from lorasmith.model.packed import length_on_gpu, packed, padded, takes_layout, to_device
+from lorasmith.model.packed import as_computed, length_on_gpu, packed, padded, takes_layout, to_device
 from lorasmith.runs.progress import SilentReporter
 from lorasmith.testing import model_laws
 from lorasmith.testing.model_laws import packed_loss, plain_loss, step_rows
@@ -88,13 +88,14 @@ def test_cutting_a_step_into_rows_changes_nothing_with_dropout_on(kind, share_pr
 def test_padding_of_a_row_changes_nothing_with_dropout_on(kind, share_prefixes):
     model, clock = tuned(kind, dropout=0.3)
     batches = step_rows(model, family_of_conversations(), share_prefixes, max_tokens=90)
-    wider = [padded(batch, length_on_gpu(len(batch.input_ids), None)) for batch in batches]
+    assert all(as_computed(batch, torch.device("cpu"), 1024) is batch for batch in batches)
+    wider = [as_computed(batch, torch.device("cuda"), None) for batch in batches]
     assert all(len(batch.input_ids) % 128 == 0 for batch in wider)
     assert sum(len(batch.input_ids) for batch in wider) > sum(len(batch.input_ids) for batch in batches)
     assert [b.num_targets for b in wider] == [b.num_targets for b in batches]
     assert [b.num_tokens for b in wider] == [b.num_tokens for b in batches]
     assert_same(packed_loss(model, clock, batches), packed_loss(model, clock, wider))
-    static = [padded(batch, length_on_gpu(len(batch.input_ids), 1024)) for batch in batches]
+    static = [as_computed(batch, torch.device("cuda"), 1024) for batch in batches]
     assert {len(batch.input_ids) for batch in static} == {1024}
     assert_same(packed_loss(model, clock, batches), packed_loss(model, clock, static))
 

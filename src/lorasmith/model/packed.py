@@ -101,6 +101,13 @@ def padded(batch: Batch, length: int) -> Batch:
     )
 
 
+def as_computed(batch: Batch, device: torch.device, row_length: int | None) -> Batch:
+    """The row as a device computes it: on a GPU padded, so that few lengths occur; see `length_on_gpu`."""
+    if device.type != "cuda":
+        return batch
+    return padded(batch, length_on_gpu(len(batch.input_ids), row_length))
+
+
 def base_module(module: nn.Module) -> PreTrainedModel:
     """The transformers module, under peft or not."""
     base = module.get_base_model() if isinstance(module, peft.PeftModel) else module
@@ -186,10 +193,8 @@ class PackedModule:
         return to_device(self.as_computed(batch), self.device)
 
     def as_computed(self, batch: Batch) -> Batch:
-        """The row as its device computes it: on a GPU padded, so that few lengths occur."""
-        if self.device.type != "cuda" or not self.by_layout:
-            return batch
-        return padded(batch, length_on_gpu(len(batch.input_ids), self.row_length))
+        """The row as this module computes it."""
+        return as_computed(batch, self.device, self.row_length) if self.by_layout else batch
 
     def loss_sum(self, batch: DeviceBatch) -> Tensor:
         """Sum over the labelled positions of weight * -log p(label), a scalar; logits are never all there."""
