@@ -18,7 +18,7 @@ import peft
 from torch import nn
 
 from lorasmith.data.dataset import Dataset
-from lorasmith.errors import DataError
+from lorasmith.errors import ConfigError, DataError
 from lorasmith.evaluation.golden import (
     ANSWER_TOKENS,
     FORMAT,
@@ -78,10 +78,14 @@ def record(tuned: Model | nn.Module, data: Dataset | Sequence[Example], rows: in
 
     A bare module is asked in ids: the beginnings of examples up to their first label, and ids by chance.
 
-    Raises: DataError if its chat format can write none of them, or its context is too short for any.
+    Raises: DataError if its chat format can write none of them, or its context is too short for any;
+    ConfigError if `verify` could not load it again in its dtype.
     """
     model = tuned if isinstance(tuned, Model) else None
     module = tuned.module if isinstance(tuned, Model) else tuned
+    dtype = module_dtype(base_module(module))
+    if dtype not in DTYPE_NAMES:
+        raise ConfigError(f"nothing loads a model in {dtype} again to compare with")
     asks = [*islice(_own(model, module, data), rows), *_neutral(model, module)]
     if not asks:
         raise DataError("no prompt can be written in this chat format") if model else _too_short(module)
@@ -93,7 +97,7 @@ def record(tuned: Model | nn.Module, data: Dataset | Sequence[Example], rows: in
         chat_format=model.chat_format.name if model else None,
         base=base,
         tokenizer=tokenizer_fingerprint(model.directory) if model else {},
-        dtype=DTYPE_NAMES[module_dtype(base_module(module))],
+        dtype=DTYPE_NAMES[dtype],
         device=base_module(module).device.type,
         versions=installed_versions(),
     )

@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 
 import lorasmith as ls
 from lorasmith.cli.main import app
-from lorasmith.errors import DataError, SetupError, StorageError
+from lorasmith.errors import ConfigError, DataError, SetupError, StorageError
 from lorasmith.evaluation.recording import record
 from lorasmith.runs.progress import SilentReporter
 from lorasmith.storage import Storage
@@ -333,6 +333,11 @@ def test_a_context_without_room_for_a_prompt_is_named(context: int, asked: list[
         assert "a context of 21 or more" in caught.value.fix
     else:
         assert [len(prompt.input_ids) for prompt in record(module, examples(), 0, "base").prompts] == asked
+
+
+def test_a_dtype_that_nothing_loads_again_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"nothing loads a model in torch\.float64 again"):
+        record(tiny_module("llama3", torch.float64), examples(), 0, "base")
 
 
 def test_a_run_on_ids_finds_its_base_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
