@@ -30,12 +30,12 @@ _STORES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 """oneDNN's store of compiled products, and that of ideep, torch's layer above it: each reads its own."""
 NO_PRIMITIVE = "could not create a primitive"
 """What oneDNN says where it finds no memory for the code of a product of a new shape."""
-_KEPT = 64
+_KEPT = 24
 """Products in each store: those of a few rows of a model, at 0.65 MB each."""
 
 
 def bound_product_stores() -> None:
-    """Let oneDNN keep 64 compiled products instead of 1,024; what the environment says wins.
+    """Let oneDNN keep 24 compiled products instead of 1,024; what the environment says wins.
 
     It compiles one for every new shape, and every step's row has another length: 1,024 would take some 660 MB
     and save a millisecond now and then. Both stores read their size once, at the first
