@@ -18,6 +18,12 @@ ROWS = 2000
 
 @pytest.mark.parametrize(("family", "name"), FORMATS)
 def test_small_vocabularies(tmp_path: Path, family: str, name: str) -> None:
+    no_special_from_text(make_format(tmp_path, family, name), ROWS // 5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "name"), FORMATS)
+def test_small_vocabularies_at_length(tmp_path: Path, family: str, name: str) -> None:
     no_special_from_text(make_format(tmp_path, family, name), ROWS)
 
 
