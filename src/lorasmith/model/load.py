@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -24,6 +25,8 @@ from lorasmith.ops.gemm import bound_product_stores
 CODE_KEYS = ("auto_map", "custom_pipelines", "_attn_implementation", "_attn_implementation_internal")
 """Keys of config.json that name code to run; they are dropped, never followed (CVE-2026-4372)."""
 
+_CACHE_LINE = 64
+"""Bytes; torch's own memory on a CPU begins at such a border."""
 _STRAY_BUFFERS = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
 """Buffers that old checkpoints stored beside the weights."""
 
@@ -112,6 +115,17 @@ def load_base(
     _refuse_gaps(info, directory)
     base: PreTrainedModel = module.to(device).eval()
     return base
+
+
+def align_weights(module: nn.Module) -> None:
+    """Copy what does not begin at a cache line's border to where it does; values and ties stay as they were.
+
+    safetensors maps a file into memory, and its weights begin where its header ends, by eights of bytes.
+    On a CPU dX = dY W reads such a weight across cache lines, at three quarters of the rate.
+    """
+    for weight in module.parameters():
+        if weight.device.type == "cpu" and weight.data_ptr() % _CACHE_LINE:
+            weight.data = weight.detach().clone()
 
 
 def _first_line(error: Exception) -> str:

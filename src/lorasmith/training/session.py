@@ -23,7 +23,7 @@ from lorasmith.errors import ConfigError, DataError
 from lorasmith.files.adapter_dir import ChatSettings
 from lorasmith.model.dtype import DTYPE_NAMES
 from lorasmith.model.fp8 import require_fp8
-from lorasmith.model.load import module_dtype
+from lorasmith.model.load import align_weights, module_dtype
 from lorasmith.model.model import Model
 from lorasmith.model.packed import PackedModule, takes_layout
 from lorasmith.runs.manifest import checkpoint_dir, read_state
@@ -138,6 +138,7 @@ class Session:
 
     def attach(self) -> tuple[peft.PeftModel, dict[str, torch.Tensor] | None]:
         """The adapter over the base, and its initial tensors as `adapter_files` needs them. Call it once."""
+        align_weights(self.base)
         model = attach_lora(
             self.base,
             self.config.lora,
