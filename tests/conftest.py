@@ -21,8 +21,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 _CACHE = tempfile.TemporaryDirectory(prefix="lorasmith-cache-")
 os.environ["LORASMITH_CACHE"] = _CACHE.name
 
-# What a shell starts in the background ignores Ctrl-C: tests that send one would wait for ever.
+# What a shell starts in the background ignores Ctrl-C, and under nohup SIGHUP: their tests would fail.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # A suite passes or fails by the code alone. HYPOTHESIS_PROFILE=fresh draws other cases each time.
 settings.register_profile("repeatable", derandomize=True, database=None)
