@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -97,8 +98,18 @@ def floor_python(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     done = subprocess.run([*install, *FLOOR], capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"pip cannot install the oldest libraries (offline?): {done.stderr.strip()[-200:]}")
-    subprocess.run([*install, "--no-deps", str(ROOT)], check=True)
+    subprocess.run([*install, "--no-deps", str(copy_of_project(home / "project"))], check=True)
     return python
+
+
+def copy_of_project(directory: Path) -> Path:
+    """A wheel is built within its tree: two workers of a suite would be in each other's way."""
+    shutil.copytree(
+        ROOT / "src", directory / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__")
+    )
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, directory)
+    return directory
 
 
 def run(python: Path, code: str, *arguments: str) -> str:
